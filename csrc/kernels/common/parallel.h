@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace torch_selfattn::kernels {
+
+// The threads a CPU kernel may use, as a callback of the caller's: kernels own no pool, since a
+// second pool beside the caller's spinning workers costs up to half the speed.
+struct Parallel {
+  int threads = 1;
+  // Runs task(context, index, thread) once for every index in [0, count), in any order, each
+  // thread taking the next index as it becomes free; 0 <= thread < threads.
+  void (*run_tasks)(std::int64_t count, int threads,
+                    void (*task)(void* context, std::int64_t index, int thread),
+                    void* context) = nullptr;
+
+  // body(index, thread)
+  template <typename Body>
+  void run(std::int64_t count, Body&& body) const {
+    if (threads <= 1 || count <= 1 || run_tasks == nullptr) {
+      for (std::int64_t index = 0; index < count; ++index) body(index, 0);
+      return;
+    }
+    using Plain = std::remove_reference_t<Body>;
+    run_tasks(
+        count, threads,
+        [](void* context, std::int64_t index, int thread) {
+          (*static_cast<Plain*>(context))(index, thread);
+        },
+        const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+  }
+};
+
+}  // namespace torch_selfattn::kernels

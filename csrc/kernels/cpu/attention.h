@@ -1,0 +1,21 @@
+#pragma once
+
+#include <span>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/common/parallel.h"
+
+namespace torch_selfattn::kernels::cpu {
+
+struct AttentionImplementation {
+  const char* name;
+  // Why this implementation cannot run the problem on this machine, or null if it can.
+  const char* (*not_supported)(const AttentionProblem&);
+  void (*forward)(const AttentionForward&, const Parallel&);
+  void (*backward)(const AttentionBackward&, const Parallel&);
+};
+
+// Best first; the last one supports every problem.
+std::span<const AttentionImplementation> attention_implementations();
+
+}  // namespace torch_selfattn::kernels::cpu
