@@ -1,0 +1,196 @@
+#include "ops/checks.h"
+
+#include <c10/core/SymBool.h>
+#include <c10/util/Exception.h>
+
+namespace torch_selfattn::ops {
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+         dtype == at::kBFloat16;
+}
+
+void check_index_tensor(const char* op, const char* name, const Tensor& query,
+                        const OptionalTensor& index) {
+  if (!index.has_value()) return;
+  TORCH_CHECK(index->scalar_type() == at::kLong || index->scalar_type() == at::kInt, op, ": ", name,
+              " must be int64 or int32 (got ", name, ".dtype=", index->dtype(), ")");
+  TORCH_CHECK(index->device() == query.device(), op, ": ", name,
+              " must be on the device of query (got query=", query.device(), ", ", name, "=",
+              index->device(), ")");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor,
+                 c10::SymIntArrayRef expected) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (size_t d = 0; same && d < expected.size(); ++d) {
+    same = TORCH_GUARD_OR_FALSE(tensor.sym_size(static_cast<int64_t>(d)).sym_eq(expected[d]));
+  }
+  TORCH_CHECK(same, op, ": ", name, " must have the shape ", expected, " (got ", name, "=",
+              tensor.sym_sizes(), ")");
+}
+
+void check_broadcastable(const char* op, const char* name, const Tensor& tensor,
+                         c10::SymIntArrayRef full) {
+  bool fits = tensor.dim() == static_cast<int64_t>(full.size());
+  for (size_t d = 0; fits && d < full.size(); ++d) {
+    const SymInt size = tensor.sym_size(static_cast<int64_t>(d));
+    fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) || TORCH_GUARD_OR_FALSE(size.sym_eq(full[d]));
+  }
+  TORCH_CHECK(fits, op, ": ", name, " must be broadcastable to ", full, " (got ", name, "=",
+              tensor.sym_sizes(), ")");
+}
+
+}  // namespace
+
+void check_attention_arguments(const char* op, const AttentionTensors& t,
+                               const AttentionOptions<SymInt>& options) {
+  const Tensor& q = t.query;
+  const Tensor& k = t.key;
+  const Tensor& v = t.value;
+  TORCH_CHECK(q.dim() >= 2 && k.dim() >= 2 && v.dim() >= 2, op,
+              ": Expected query, key, and value to all be  at least 2 dimensional (got query=",
+              q.sym_sizes(), ", key=", k.sym_sizes(), ", value=", v.sym_sizes(), ")");
+  TORCH_CHECK(q.device() == k.device() && q.device() == v.device(), op,
+              ": Expected query, key, and value to have the same device type (got query=",
+              q.device(), ", key=", k.device(), ", value=", v.device(), ")");
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), op,
+              ": Expected query, key, and value to have the same dtype (got query=", q.dtype(),
+              ", key=", k.dtype(), ", value=", v.dtype(), ")");
+  TORCH_CHECK_NOT_IMPLEMENTED(is_supported_dtype(q.scalar_type()), op,
+                              ": query must be float64, float32, float16 or bfloat16 (got ",
+                              "query.dtype=", q.dtype(), ")");
+  TORCH_SYM_CHECK(q.sym_size(-1).sym_eq(k.sym_size(-1)), op,
+                  ": query and key must have the same head dim (got query=", q.sym_sizes(),
+                  ", key=", k.sym_sizes(), ")");
+  TORCH_SYM_CHECK(k.sym_size(-2).sym_eq(v.sym_size(-2)), op,
+                  ": key and value must have the same length (got key=", k.sym_sizes(),
+                  ", value=", v.sym_sizes(), ")");
+  if (t.weight.has_value()) {
+    const Tensor& w = *t.weight;
+    TORCH_CHECK(w.device() == q.device(), op,
+                ": weight must be on the device of query (got query=", q.device(),
+                ", weight=", w.device(), ")");
+    TORCH_CHECK(w.scalar_type() == q.scalar_type(), op,
+                ": weight must have the dtype of query (got query=", q.dtype(),
+                ", weight=", w.dtype(), ")");
+    TORCH_CHECK(w.dim() >= 1 && TORCH_GUARD_OR_FALSE(w.sym_size(-1).sym_eq(q.sym_size(-1))), op,
+                ": weight must have as many columns as query (got query=", q.sym_sizes(),
+                ", weight=", w.sym_sizes(), ")");
+  }
+  if (t.attn_mask.has_value()) {
+    const Tensor& mask = *t.attn_mask;
+    TORCH_CHECK(mask.device() == q.device(), op,
+                ": attn_mask must be on the device of query (got query=", q.device(),
+                ", attn_mask=", mask.device(), ")");
+    TORCH_CHECK(mask.scalar_type() == at::kBool || mask.scalar_type() == at::kFloat ||
+                    mask.scalar_type() == q.scalar_type(),
+                op,
+                ": Expected attn_mask dtype to be bool or float or to match query dtype (got "
+                "attn_mask=",
+                mask.dtype(), ", query=", q.dtype(), ")");
+  }
+  check_index_tensor(op, "key_lengths", q, t.key_lengths);
+  check_index_tensor(op, "key_starts", q, t.key_starts);
+  check_index_tensor(op, "query_offsets", q, t.query_offsets);
+  TORCH_CHECK_VALUE(options.dropout_p >= 0.0 && options.dropout_p <= 1.0, op,
+                    ": dropout_p must be between 0 and 1 (got dropout_p=", options.dropout_p, ")");
+  TORCH_CHECK_VALUE(options.window_left >= -1, op,
+                    ": window_left must be -1 (open) or more (got window_left=",
+                    options.window_left, ")");
+  TORCH_CHECK_VALUE(options.window_right >= -1, op,
+                    ": window_right must be -1 (open) or more (got window_right=",
+                    options.window_right, ")");
+}
+
+void check_attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& options) {
+  const char* op = t.name();
+  check_attention_arguments(op, t, options);
+  TORCH_CHECK(t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
+              ": the inner operator takes tensors of four dimensions (got query=",
+              t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(),
+              ")");
+  const SymInt batch = t.query.sym_size(0);
+  const SymInt heads = t.query.sym_size(1);
+  const SymInt kv_heads = t.key.sym_size(1);
+  TORCH_CHECK(TORCH_GUARD_OR_FALSE(t.key.sym_size(0).sym_eq(batch)) &&
+                  TORCH_GUARD_OR_FALSE(t.value.sym_size(0).sym_eq(batch)) &&
+                  TORCH_GUARD_OR_FALSE(t.value.sym_size(1).sym_eq(kv_heads)),
+              op, ": the inner operator takes key and value of one batch and head count (got query=",
+              t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(),
+              ")");
+  // Zero heads of keys are fine only for zero heads of queries.
+  TORCH_CHECK(TORCH_GUARD_OR_FALSE(kv_heads.sym_eq(heads)) ||
+                  (kv_heads > 0 && TORCH_GUARD_OR_FALSE((heads % kv_heads).sym_eq(0))),
+              op, ": Number of heads in key and value must divide the number of heads in query (got ",
+              "query=", t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ")");
+  const SymInt query_length = t.query.sym_size(2);
+  const SymInt key_length = t.key.sym_size(2);
+  if (t.weight.has_value()) {
+    check_broadcastable(op, "weight", *t.weight, {batch, heads, t.query.sym_size(3)});
+  }
+  if (t.attn_mask.has_value()) {
+    check_broadcastable(op, "attn_mask", *t.attn_mask, {batch, heads, query_length, key_length});
+  }
+  if (t.key_lengths.has_value()) check_shape(op, "key_lengths", *t.key_lengths, {batch});
+  if (t.key_starts.has_value()) check_shape(op, "key_starts", *t.key_starts, {batch});
+  if (t.query_offsets.has_value()) check_shape(op, "query_offsets", *t.query_offsets, {batch});
+}
+
+void check_attention_backward(const Tensor& grad_output, const OptionalTensor& grad_lse,
+                              const AttentionTensors& t, const Tensor& output, const Tensor& lse,
+                              const Tensor& philox_state, const AttentionOptions<SymInt>& options) {
+  check_attention_forward(t, options);
+  const char* op = t.name();
+  const std::vector<SymInt> output_shape = {t.query.sym_size(0), t.query.sym_size(1),
+                                            t.query.sym_size(2), t.value.sym_size(3)};
+  const c10::SymIntArrayRef lse_shape = c10::SymIntArrayRef(output_shape).slice(0, 3);
+  check_shape(op, "output", output, output_shape);
+  check_shape(op, "the gradient of the output", grad_output, output_shape);
+  check_shape(op, "lse", lse, lse_shape);
+  if (grad_lse.has_value()) check_shape(op, "the gradient of lse", *grad_lse, lse_shape);
+  for (const Tensor* tensor : {&output, &grad_output}) {
+    TORCH_CHECK(tensor->scalar_type() == t.query.scalar_type() &&
+                    tensor->device() == t.query.device(),
+                op, ": the output and its gradient must have dtype and device of query (got query=",
+                t.query.dtype(), " ", t.query.device(), ", the other=", tensor->dtype(), " ",
+                tensor->device(), ")");
+  }
+  TORCH_CHECK(lse.scalar_type() == (t.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+              op, ": lse must be float64 for float64 inputs and float32 otherwise (got lse.dtype=",
+              lse.dtype(), ")");
+  TORCH_CHECK(philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
+                  TORCH_GUARD_OR_FALSE(
+                      philox_state.sym_size(0).sym_eq(options.dropout_p > 0 ? 2 : 0)),
+              op, ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
+              philox_state.sym_sizes(), ")");
+}
+
+void check_dropout_factors(const Tensor& philox_state, double dropout_p) {
+  TORCH_CHECK(philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
+                  TORCH_GUARD_OR_FALSE(philox_state.sym_size(0).sym_eq(2)),
+              "_attention_dropout_factors: philox_state must be int64, (2) (got philox_state=",
+              philox_state.sym_sizes(), ")");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0,
+                    "_attention_dropout_factors: dropout_p must be between 0 and 1 (got dropout_p=",
+                    dropout_p, ")");
+}
+
+void check_key_bounds_on_cpu(const char* op, const char* name, const OptionalTensor& bounds,
+                             int64_t key_length) {
+  if (!bounds.has_value()) return;
+  const Tensor values = bounds->to(at::kLong).contiguous();
+  const int64_t* value = values.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < values.numel(); ++b) {
+    TORCH_CHECK_VALUE(value[b] >= 0 && value[b] <= key_length, op, ": ", name,
+                      " must be between 0 and the key length (got ", name, "[", b,
+                      "]=", value[b], ", key length ", key_length, ")");
+  }
+}
+
+}  // namespace torch_selfattn::ops

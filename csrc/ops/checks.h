@@ -1,0 +1,30 @@
+#pragma once
+
+#include "ops/attention.h"
+
+// Argument rules of the attention operators, on symbolic sizes only: the public layer calls them
+// with the user's shapes, and every backend (Meta too) with the canonical ones, since Python can
+// reach the inner operators directly. Messages: `op: rule (got ...)`. RuntimeError for shapes,
+// dtypes and devices that don't fit together, with the sentence of PyTorch's own attention where it
+// has one; ValueError for a number out of range; NotImplementedError for what is not supported.
+namespace torch_selfattn::ops {
+
+// Rules for tensors of any rank: devices, dtypes, the last two dimensions, and the numbers.
+void check_attention_arguments(const char* op, const AttentionTensors& tensors,
+                               const AttentionOptions<c10::SymInt>& options);
+
+// The same and the canonical shapes of ops/attention.h.
+void check_attention_forward(const AttentionTensors& tensors,
+                             const AttentionOptions<c10::SymInt>& options);
+void check_attention_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                              const AttentionTensors& tensors, const at::Tensor& output,
+                              const at::Tensor& lse, const at::Tensor& philox_state,
+                              const AttentionOptions<c10::SymInt>& options);
+
+void check_dropout_factors(const at::Tensor& philox_state, double dropout_p);
+
+// For backends that have the numbers at hand: ValueError unless 0 <= every element <= key_length.
+void check_key_bounds_on_cpu(const char* op, const char* name, const OptionalTensor& bounds,
+                             int64_t key_length);
+
+}  // namespace torch_selfattn::ops

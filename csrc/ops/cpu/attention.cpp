@@ -1,0 +1,111 @@
+#include "kernels/cpu/attention.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "kernels/common/philox.h"
+#include "ops/checks.h"
+#include "ops/cpu/parallel.h"
+#include "ops/explain.h"
+#include "ops/implementation_choice.h"
+#include "ops/problem.h"
+
+namespace torch_selfattn::ops {
+
+namespace {
+
+using at::Tensor;
+
+void check_key_bounds(const AttentionTensors& tensors) {
+  const int64_t key_length = tensors.key.size(2);
+  check_key_bounds_on_cpu(tensors.name(), "key_lengths", tensors.key_lengths, key_length);
+  check_key_bounds_on_cpu(tensors.name(), "key_starts", tensors.key_starts, key_length);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
+    std::optional<double> scale, double dropout_p, int64_t window_left, int64_t window_right,
+    int64_t query_offset) {
+  const AttentionTensors tensors{query,     key,         value,      weight,
+                                 attn_mask, key_lengths, key_starts, query_offsets};
+  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
+                                          query_offset};
+  check_attention_forward(tensors, symbolic(options));
+  check_key_bounds(tensors);
+  const PreparedProblem prepared = prepare_problem(tensors, options);
+  const ForwardResults results = empty_forward_results(tensors, dropout_p);
+  if (dropout_p > 0) results.philox_state.random_();  // follows torch.manual_seed
+  const auto& implementation =
+      choose_from(kernels::cpu::attention_implementations(), prepared.problem, tensors.name(),
+                  "forward", "cpu");
+  implementation.forward(forward_arguments(prepared, results), torch_parallel());
+  return {results.output, results.lse, results.philox_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
+    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
+    int64_t window_left, int64_t window_right, int64_t query_offset, bool attn_mask_grad) {
+  const AttentionTensors tensors{query,     key,         value,      weight,
+                                 attn_mask, key_lengths, key_starts, query_offsets};
+  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
+                                          query_offset};
+  check_attention_backward(grad_output, grad_lse, tensors, output, lse, philox_state,
+                           symbolic(options));
+  check_key_bounds(tensors);
+  PreparedProblem prepared = prepare_problem(tensors, options);
+  if (dropout_p > 0) {
+    prepared.problem.philox_state = philox_state.const_data_ptr<int64_t>();
+  }
+  const BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
+  const Tensor contiguous_lse = lse.contiguous();
+  const Tensor contiguous_grad_lse =
+      grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  const auto& implementation =
+      choose_from(kernels::cpu::attention_implementations(), prepared.problem, tensors.name(),
+                  "backward", "cpu");
+  implementation.backward(backward_arguments(prepared, grad_output, contiguous_grad_lse, output,
+                                             contiguous_lse, results),
+                          torch_parallel());
+  return {results.grad_query, results.grad_key, results.grad_value, results.grad_weight,
+          results.grad_attn_mask};
+}
+
+Tensor attention_dropout_factors_cpu(const Tensor& philox_state, int64_t batch, int64_t heads,
+                                     int64_t query_length, int64_t key_length, double dropout_p,
+                                     at::ScalarType dtype) {
+  check_dropout_factors(philox_state, dropout_p);
+  const Tensor factors = at::empty({batch, heads, query_length, key_length}, at::kDouble);
+  const auto dropout =
+      kernels::Dropout::make(dropout_p, philox_state.contiguous().const_data_ptr<int64_t>());
+  double* factor = factors.mutable_data_ptr<double>();
+  torch_parallel().run(batch * heads * query_length, [&](int64_t row, int) {
+    for (int64_t j = 0; j < key_length; ++j) {
+      factor[row * key_length + j] = dropout.factor(row, j, key_length);
+    }
+  });
+  return factors.to(dtype);
+}
+
+std::vector<Candidate> attention_candidates_cpu(const AttentionTensors& tensors,
+                                                const AttentionOptions<int64_t>& options) {
+  return list_candidates(kernels::cpu::attention_implementations(),
+                         prepare_problem(tensors, options).problem);
+}
+
+const bool registered = register_candidates(at::kCPU, &attention_candidates_cpu);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
+  m.impl("_attention_forward", TORCH_FN(attention_forward_cpu));
+  m.impl("_attention_backward", TORCH_FN(attention_backward_cpu));
+  m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cpu));
+}
+
+}  // namespace torch_selfattn::ops
