@@ -28,7 +28,11 @@ const std::string canonical_options =
 
 }  // namespace
 
-TORCH_LIBRARY(torch_selfattn, m) {
+TORCH_LIBRARY(torch_selfattn, library) {
+  // Library::def takes a literal only.
+  const auto def = [&library](const std::string& schema, const std::vector<at::Tag>& tags) {
+    library.def(schema.c_str(), tags);
+  };
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const std::vector<at::Tag> random_tags = {at::Tag::pt2_compliant_tag,
                                             at::Tag::nondeterministic_seeded};
@@ -37,38 +41,35 @@ TORCH_LIBRARY(torch_selfattn, m) {
   const std::string dot_inputs = "(Tensor query, Tensor key, Tensor value, ";
   const std::string additive_inputs = "(Tensor query, Tensor key, Tensor value, Tensor weight, ";
   const std::string tail = sdpa_arguments + shared_tail + ") -> ";
-  m.def("dot_product_attention" + dot_inputs + tail + "Tensor", random_tags);
-  m.def("dot_product_attention_with_lse" + dot_inputs + tail + "(Tensor output, Tensor lse)",
-        random_tags);
-  m.def("additive_attention" + additive_inputs + tail + "Tensor", random_tags);
-  m.def("additive_attention_with_lse" + additive_inputs + tail + "(Tensor output, Tensor lse)",
-        random_tags);
-  m.def(
-      "attention_weights(Tensor query, Tensor key, Tensor? weight=None, Tensor? rows=None, "
+  def("dot_product_attention" + dot_inputs + tail + "Tensor", random_tags);
+  def("dot_product_attention_with_lse" + dot_inputs + tail + "(Tensor output, Tensor lse)",
+      random_tags);
+  def("additive_attention" + additive_inputs + tail + "Tensor", random_tags);
+  def("additive_attention_with_lse" + additive_inputs + tail + "(Tensor output, Tensor lse)",
+      random_tags);
+  def("attention_weights(Tensor query, Tensor key, Tensor? weight=None, Tensor? rows=None, "
       "Tensor? heads=None, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
       "bool enable_gqa=False, " +
           shared_tail + ") -> Tensor",
       tags);
-  m.def(
-      "multi_head_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, "
+  def("multi_head_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, "
       "Tensor[] in_proj_weight, Tensor[] in_proj_bias, Tensor out_proj_weight, "
       "Tensor? out_proj_bias=None, Tensor? score_weight=None, SymInt? num_kv_heads=None, "
       "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, " +
           shared_tail + ") -> Tensor",
       random_tags);
-  m.def("explain" + dot_inputs + "Tensor? weight=None, " + tail + "str", tags);
+  def("explain" + dot_inputs + "Tensor? weight=None, " + tail + "str", tags);
 
   // Attention, forward and backward layers. weight is None for the dot-product score.
-  m.def("_attention_forward(" + canonical_inputs + ", " + canonical_options +
-            ") -> (Tensor output, Tensor lse, Tensor philox_state)",
-        random_tags);
-  m.def("_attention_backward(Tensor grad_output, Tensor? grad_lse, " + canonical_inputs +
-            ", Tensor output, Tensor lse, Tensor philox_state, " + canonical_options +
-            ", bool attn_mask_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-            "Tensor grad_weight, Tensor grad_attn_mask)",
-        tags);
-  m.def(
-      "_attention_dropout_factors(Tensor philox_state, SymInt batch, SymInt heads, "
+  def("_attention_forward(" + canonical_inputs + ", " + canonical_options +
+          ") -> (Tensor output, Tensor lse, Tensor philox_state)",
+      random_tags);
+  def("_attention_backward(Tensor grad_output, Tensor? grad_lse, " + canonical_inputs +
+          ", Tensor output, Tensor lse, Tensor philox_state, " + canonical_options +
+          ", bool attn_mask_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+          "Tensor grad_weight, Tensor grad_attn_mask)",
+      tags);
+  def("_attention_dropout_factors(Tensor philox_state, SymInt batch, SymInt heads, "
       "SymInt query_length, SymInt key_length, float dropout_p, ScalarType dtype) -> Tensor",
       tags);
 }
