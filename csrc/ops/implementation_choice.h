@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torch_selfattn/export.h>
+
 #include <string>
 #include <vector>
 
@@ -16,9 +18,9 @@ struct Candidate {
 };
 
 // The name that every attention call of the process must use; empty: the best one.
-std::string forced_implementation();
+TORCH_SELFATTN_API std::string forced_implementation();
 // Sets it and returns the one before.
-std::string set_forced_implementation(std::string name);
+TORCH_SELFATTN_API std::string set_forced_implementation(std::string name);
 
 // The index of the candidate to run. Raises the reason if the forced one refuses, ValueError if
 // there is none of its name; prints the choice if TORCH_SELFATTN_VERBOSE contains "dispatch".
