@@ -1,0 +1,224 @@
+#include "ops/attention.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+#include <torch_selfattn/ops.h>
+
+#include "ops/canonical.h"
+#include "ops/explain.h"
+#include "ops/operator_handle.h"
+
+namespace torch_selfattn {
+
+using at::Tensor;
+using c10::SymInt;
+using ops::OptionalTensor;
+
+// The C++ functions: calls through the dispatcher.
+
+Tensor dot_product_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                             std::optional<double> scale, bool enable_gqa,
+                             const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+                             SymInt window_left, SymInt window_right, SymInt query_offset,
+                             const OptionalTensor& query_offsets) {
+  static const auto op =
+      ops::operator_handle<decltype(dot_product_attention)>("dot_product_attention");
+  return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
+                 key_starts, std::move(window_left), std::move(window_right),
+                 std::move(query_offset), query_offsets);
+}
+
+std::tuple<Tensor, Tensor> dot_product_attention_with_lse(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
+    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+  static const auto op = ops::operator_handle<decltype(dot_product_attention_with_lse)>(
+      "dot_product_attention_with_lse");
+  return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
+                 key_starts, std::move(window_left), std::move(window_right),
+                 std::move(query_offset), query_offsets);
+}
+
+Tensor additive_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                          const Tensor& weight, const OptionalTensor& attn_mask, double dropout_p,
+                          bool is_causal, std::optional<double> scale, bool enable_gqa,
+                          const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+                          SymInt window_left, SymInt window_right, SymInt query_offset,
+                          const OptionalTensor& query_offsets) {
+  static const auto op = ops::operator_handle<decltype(additive_attention)>("additive_attention");
+  return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                 key_lengths, key_starts, std::move(window_left), std::move(window_right),
+                 std::move(query_offset), query_offsets);
+}
+
+std::tuple<Tensor, Tensor> additive_attention_with_lse(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
+    const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
+    bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+    SymInt window_left, SymInt window_right, SymInt query_offset,
+    const OptionalTensor& query_offsets) {
+  static const auto op =
+      ops::operator_handle<decltype(additive_attention_with_lse)>("additive_attention_with_lse");
+  return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                 key_lengths, key_starts, std::move(window_left), std::move(window_right),
+                 std::move(query_offset), query_offsets);
+}
+
+std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const OptionalTensor& weight, const OptionalTensor& attn_mask,
+                    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                    const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+                    SymInt window_left, SymInt window_right, SymInt query_offset,
+                    const OptionalTensor& query_offsets) {
+  static const auto op = ops::operator_handle<decltype(explain)>("explain");
+  return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                 key_lengths, key_starts, std::move(window_left), std::move(window_right),
+                 std::move(query_offset), query_offsets);
+}
+
+namespace ops {
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
+    std::optional<double> scale, double dropout_p, SymInt window_left, SymInt window_right,
+    SymInt query_offset) {
+  static const auto op = operator_handle<decltype(attention_forward)>("_attention_forward");
+  return op.call(query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets,
+                 scale, dropout_p, std::move(window_left), std::move(window_right),
+                 std::move(query_offset));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
+    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
+    SymInt window_left, SymInt window_right, SymInt query_offset, bool attn_mask_grad) {
+  static const auto op = operator_handle<decltype(attention_backward)>("_attention_backward");
+  return op.call(grad_output, grad_lse, query, key, value, weight, attn_mask, key_lengths,
+                 key_starts, query_offsets, output, lse, philox_state, scale, dropout_p,
+                 std::move(window_left), std::move(window_right), std::move(query_offset),
+                 attn_mask_grad);
+}
+
+Tensor attention_dropout_factors(const Tensor& philox_state, SymInt batch, SymInt heads,
+                                 SymInt query_length, SymInt key_length, double dropout_p,
+                                 at::ScalarType dtype) {
+  static const auto op =
+      operator_handle<decltype(attention_dropout_factors)>("_attention_dropout_factors");
+  return op.call(philox_state, std::move(batch), std::move(heads), std::move(query_length),
+                 std::move(key_length), dropout_p, dtype);
+}
+
+namespace {
+
+// The composite layer: canonical shapes, then the forward operator.
+
+std::tuple<Tensor, Tensor> attend(const char* op, const AttentionTensors& tensors,
+                                  const AttentionOptions<SymInt>& options, bool is_causal,
+                                  bool enable_gqa) {
+  const CanonicalProblem c = canonicalize(op, tensors, options, is_causal, enable_gqa);
+  const auto [output, lse, philox_state] =
+      attention_forward(c.query, c.key, c.value, c.weight, c.attn_mask, c.key_lengths, c.key_starts,
+                        c.query_offsets, c.options.scale, c.options.dropout_p,
+                        c.options.window_left, c.options.window_right, c.options.query_offset);
+  if (c.rank == 4) return {output, lse};
+  return {c.restore(output), c.restore(lse)};
+}
+
+std::tuple<Tensor, Tensor> dot_product_attention_with_lse_composite(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
+    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+  const OptionalTensor no_weight;
+  return attend("dot_product_attention",
+                {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets},
+                {scale, dropout_p, std::move(window_left), std::move(window_right),
+                 std::move(query_offset)},
+                is_causal, enable_gqa);
+}
+
+Tensor dot_product_attention_composite(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
+    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+  return std::get<0>(dot_product_attention_with_lse_composite(
+      query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
+      key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
+      query_offsets));
+}
+
+std::tuple<Tensor, Tensor> additive_attention_with_lse_composite(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& weight,
+    const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
+    bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+    SymInt window_left, SymInt window_right, SymInt query_offset,
+    const OptionalTensor& query_offsets) {
+  const OptionalTensor some_weight = weight;
+  return attend("additive_attention",
+                {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets},
+                {scale, dropout_p, std::move(window_left), std::move(window_right),
+                 std::move(query_offset)},
+                is_causal, enable_gqa);
+}
+
+Tensor additive_attention_composite(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const Tensor& weight, const OptionalTensor& attn_mask,
+                                    double dropout_p, bool is_causal, std::optional<double> scale,
+                                    bool enable_gqa, const OptionalTensor& key_lengths,
+                                    const OptionalTensor& key_starts, SymInt window_left,
+                                    SymInt window_right, SymInt query_offset,
+                                    const OptionalTensor& query_offsets) {
+  return std::get<0>(additive_attention_with_lse_composite(
+      query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
+      key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
+      query_offsets));
+}
+
+std::string explain_composite(const Tensor& query, const Tensor& key, const Tensor& value,
+                              const OptionalTensor& weight, const OptionalTensor& attn_mask,
+                              double dropout_p, bool is_causal, std::optional<double> scale,
+                              bool enable_gqa, const OptionalTensor& key_lengths,
+                              const OptionalTensor& key_starts, SymInt window_left,
+                              SymInt window_right, SymInt query_offset,
+                              const OptionalTensor& query_offsets) {
+  const AttentionTensors tensors{query,     key,         value,      weight,
+                                 attn_mask, key_lengths, key_starts, query_offsets};
+  const CanonicalProblem c = canonicalize(tensors.name(), tensors,
+                                          {scale, dropout_p, std::move(window_left),
+                                           std::move(window_right), std::move(query_offset)},
+                                          is_causal, enable_gqa);
+  const AttentionOptions<SymInt>& o = c.options;
+  return explain_attention(
+      c.tensors(), {o.scale, o.dropout_p, o.window_left.guard_int(__FILE__, __LINE__),
+                    o.window_right.guard_int(__FILE__, __LINE__),
+                    o.query_offset.guard_int(__FILE__, __LINE__)});
+}
+
+template <typename Library>
+void register_composites(Library& m) {
+  m.impl("dot_product_attention", TORCH_FN(dot_product_attention_composite));
+  m.impl("dot_product_attention_with_lse", TORCH_FN(dot_product_attention_with_lse_composite));
+  m.impl("additive_attention", TORCH_FN(additive_attention_composite));
+  m.impl("additive_attention_with_lse", TORCH_FN(additive_attention_with_lse_composite));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_selfattn, CompositeImplicitAutograd, m) {
+  register_composites(m);
+  m.impl("explain", TORCH_FN(explain_composite));
+}
+
+// Without this torch.vmap runs a composite operator once per sample, with a warning.
+TORCH_LIBRARY_IMPL(torch_selfattn, FuncTorchBatchedDecomposition, m) { register_composites(m); }
+
+}  // namespace ops
+}  // namespace torch_selfattn

@@ -1,0 +1,210 @@
+#include "ops/canonical.h"
+
+#include <ATen/ops/repeat_interleave.h>
+#include <c10/core/SymBool.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "ops/checks.h"
+
+namespace torch_selfattn::ops {
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+
+bool equal(const SymInt& a, const SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_eq(b)); }
+bool is_one(const SymInt& a) { return equal(a, 1); }
+
+// The size at `from_end` (-1 is the last), 1 where the tensor has no such dimension.
+SymInt size_or_one(const Tensor& t, int64_t from_end) {
+  return t.dim() + from_end >= 0 ? t.sym_size(from_end) : SymInt(1);
+}
+
+struct Shapes {
+  const char* op;
+  const AttentionTensors& tensors;
+
+  [[noreturn]] void refuse(const char* rule) const {
+    TORCH_CHECK(false, op, ": ", rule, " (got query=", tensors.query.sym_sizes(),
+                ", key=", tensors.key.sym_sizes(), ", value=", tensors.value.sym_sizes(), ")");
+  }
+};
+
+// The common size of one leading dimension.
+SymInt broadcast(const Shapes& shapes, const std::vector<SymInt>& sizes) {
+  SymInt common = 1;
+  for (const SymInt& size : sizes) {
+    if (is_one(size) || equal(size, common)) continue;
+    if (!is_one(common)) shapes.refuse("leading dimensions must be broadcastable");
+    common = size;
+  }
+  return common;
+}
+
+// (..., H, L, D) of any rank as (batch_shape..., H, L, D). Three dimensions are samples of one head.
+Tensor with_rank(const Tensor& t, int64_t rank) {
+  Tensor result = t;
+  if (rank <= 3) {
+    if (result.dim() == 2) result = result.unsqueeze(0);
+    return result.unsqueeze(1);
+  }
+  while (result.dim() < rank) result = result.unsqueeze(0);
+  return result;
+}
+
+// Expands the dimensions before the last three to `batch` and merges them into one.
+Tensor merge_batch(const Tensor& t, const std::vector<SymInt>& batch) {
+  const int64_t leading = static_cast<int64_t>(batch.size());
+  bool expand = false;
+  std::vector<SymInt> size = t.sym_sizes().vec();
+  for (int64_t d = 0; d < leading; ++d) {
+    expand = expand || !equal(size[d], batch[d]);
+    size[d] = batch[d];
+  }
+  Tensor result = expand ? t.expand_symint(size) : t;
+  if (leading != 1) {
+    SymInt merged = 1;
+    for (const SymInt& b : batch) merged = merged * b;
+    result = result.reshape_symint({merged, size[leading], size[leading + 1], size[leading + 2]});
+  }
+  return result;
+}
+
+// A mask keeps its broadcast dimensions as size 1: its gradient has the shape it was given in.
+Tensor canonical_mask(const Shapes& shapes, const Tensor& given, int64_t rank,
+                      const std::vector<SymInt>& batch, const SymInt& heads) {
+  const auto refuse = [&] {
+    std::vector<SymInt> full = batch;
+    if (rank == 2) full.clear();
+    if (rank > 3) full.push_back(heads);
+    full.push_back(shapes.tensors.query.sym_size(-2));
+    full.push_back(shapes.tensors.key.sym_size(-2));
+    TORCH_CHECK(false, shapes.op, ": attn_mask must be broadcastable to ",
+                c10::SymIntArrayRef(full), " (got attn_mask=", given.sym_sizes(), ")");
+  };
+  if (given.dim() > std::max<int64_t>(rank, 2)) refuse();
+  Tensor mask = given;
+  while (mask.dim() < 2) mask = mask.unsqueeze(0);
+  mask = with_rank(mask, rank);
+  const int64_t leading = static_cast<int64_t>(batch.size());
+  bool all_one = true;
+  for (int64_t d = 0; d < leading; ++d) {
+    const SymInt size = mask.sym_size(d);
+    if (!is_one(size) && !equal(size, batch[d])) refuse();
+    all_one = all_one && is_one(size);
+  }
+  const SymInt mask_heads = mask.sym_size(leading);
+  const SymInt rows = mask.sym_size(leading + 1);
+  const SymInt columns = mask.sym_size(leading + 2);
+  if ((!is_one(mask_heads) && !equal(mask_heads, heads)) ||
+      (!is_one(rows) && !equal(rows, shapes.tensors.query.sym_size(-2))) ||
+      (!is_one(columns) && !equal(columns, shapes.tensors.key.sym_size(-2)))) {
+    refuse();
+  }
+  if (leading == 1) return mask;
+  if (all_one) return mask.reshape_symint({1, mask_heads, rows, columns});
+  return merge_batch(mask, batch);
+}
+
+OptionalTensor canonical_index(const Shapes& shapes, const char* name, const OptionalTensor& index,
+                               int64_t rank, const std::vector<SymInt>& batch) {
+  if (!index.has_value()) return index;
+  bool fits = index->dim() == static_cast<int64_t>(batch.size()) || (rank == 2 && index->dim() == 0);
+  for (int64_t d = 0; fits && d < index->dim(); ++d) fits = equal(index->sym_size(d), batch[d]);
+  TORCH_CHECK(fits, shapes.op, ": ", name, " must have one element per sample, shape ",
+              c10::SymIntArrayRef(batch), " (got ", name, "=", index->sym_sizes(), ")");
+  return index->dim() == 1 ? *index : index->reshape({-1});
+}
+
+// Key or value heads: as many as the query's, or a divisor of them with enable_gqa.
+void check_heads(const Shapes& shapes, const SymInt& heads, const SymInt& kv_heads,
+                 bool enable_gqa) {
+  if (equal(kv_heads, heads)) return;
+  if (!enable_gqa) {
+    if (!is_one(kv_heads)) {
+      shapes.refuse(
+          "query, key and value must have the same number of heads or one, unless enable_gqa");
+    }
+    return;
+  }
+  if (!(kv_heads > 0) || !equal(heads % kv_heads, 0)) {
+    shapes.refuse("Number of heads in key and value must divide the number of heads in query");
+  }
+}
+
+}  // namespace
+
+Tensor CanonicalProblem::restore(const Tensor& result) const {
+  if (rank == 4) return result;
+  if (rank == 3) return result.squeeze(1);
+  if (rank == 2) return result.squeeze(1).squeeze(0);
+  std::vector<SymInt> size = batch_shape;
+  for (int64_t d = 1; d < result.dim(); ++d) size.push_back(result.sym_size(d));
+  return result.reshape_symint(size);
+}
+
+CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
+                              const AttentionOptions<SymInt>& options, bool is_causal,
+                              bool enable_gqa) {
+  check_attention_arguments(op, t, options);
+  TORCH_CHECK(!(is_causal && t.attn_mask.has_value()), op,
+              ": Explicit attn_mask should not be set when is_causal=True; a mask and causal is the "
+              "mask and window_right=0 (got attn_mask=",
+              t.attn_mask->sym_sizes(), ", is_causal=True)");
+  const Shapes shapes{op, t};
+  CanonicalProblem c{t.query,     t.key,         t.value,      t.weight,
+                     t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
+                     options,     4,             {}};
+  if (is_causal) c.options.window_right = 0;
+
+  const int64_t rank = std::max({t.query.dim(), t.key.dim(), t.value.dim()});
+  c.rank = rank;
+  std::vector<SymInt> batch;
+  for (int64_t from_end = -rank; from_end < (rank == 3 ? -2 : -3); ++from_end) {
+    batch.push_back(broadcast(shapes, {size_or_one(t.query, from_end), size_or_one(t.key, from_end),
+                                       size_or_one(t.value, from_end)}));
+  }
+  if (rank == 2) batch.emplace_back(1);
+  if (rank != 4 || t.query.dim() != 4) c.query = with_rank(t.query, rank);
+  if (rank != 4 || t.key.dim() != 4) c.key = with_rank(t.key, rank);
+  if (rank != 4 || t.value.dim() != 4) c.value = with_rank(t.value, rank);
+  c.query = merge_batch(c.query, batch);
+  c.key = merge_batch(c.key, batch);
+  c.value = merge_batch(c.value, batch);
+  if (rank > 4) c.batch_shape = batch;
+
+  SymInt heads = c.query.sym_size(1);
+  SymInt key_heads = c.key.sym_size(1);
+  SymInt value_heads = c.value.sym_size(1);
+  if (!enable_gqa && is_one(heads) && !(is_one(key_heads) && is_one(value_heads))) {
+    heads = broadcast(shapes, {key_heads, value_heads});
+    c.query = c.query.expand_symint({-1, heads, -1, -1});
+  }
+  check_heads(shapes, heads, key_heads, enable_gqa);
+  check_heads(shapes, heads, value_heads, enable_gqa);
+  if (!equal(key_heads, value_heads)) {  // rare: bring both to the query's heads
+    c.key = at::repeat_interleave_symint(c.key, heads / key_heads, 1);
+    c.value = at::repeat_interleave_symint(c.value, heads / value_heads, 1);
+  }
+
+  if (t.weight.has_value()) {
+    const Tensor& w = *t.weight;
+    const bool per_head = w.dim() == 2;
+    TORCH_CHECK(w.dim() == 1 || (per_head && equal(w.sym_size(0), heads)), op,
+                ": weight must have the shape (E) or (H, E) (got weight=", w.sym_sizes(),
+                ", query=", t.query.sym_sizes(), ")");
+    c.weight = per_head ? w.unsqueeze(0) : w.unsqueeze(0).unsqueeze(0);
+  }
+  if (t.attn_mask.has_value()) {
+    c.attn_mask = canonical_mask(shapes, *t.attn_mask, rank, batch, heads);
+  }
+  c.key_lengths = canonical_index(shapes, "key_lengths", t.key_lengths, rank, batch);
+  c.key_starts = canonical_index(shapes, "key_starts", t.key_starts, rank, batch);
+  c.query_offsets = canonical_index(shapes, "query_offsets", t.query_offsets, rank, batch);
+  return c;
+}
+
+}  // namespace torch_selfattn::ops
