@@ -94,6 +94,10 @@ std::string explain_choice(const std::string& call, const std::vector<Candidate>
 
 }  // namespace ops
 
+std::string set_forced_implementation(const std::string& name) {
+  return ops::set_forced_implementation(name);
+}
+
 ImplementationGuard::ImplementationGuard(const std::string& name)
     : previous_(ops::set_forced_implementation(name)) {}
 

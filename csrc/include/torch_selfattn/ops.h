@@ -107,6 +107,10 @@ TORCH_SELFATTN_API std::string explain(
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt);
 
+// Sets the implementation that every attention call of the process must use, forward and backward,
+// and returns the one before; empty: the best one. ImplementationGuard below puts it back.
+TORCH_SELFATTN_API std::string set_forced_implementation(const std::string& name);
+
 // Runs every attention call of the process, forward and backward, by the implementation of this
 // name ("reference", "generic", ...; see explain) until the guard is destroyed. A call that it does
 // not support raises its reason. Guards nest.

@@ -1,0 +1,236 @@
+#include "ops/autograd/composed_attention.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/logical_not.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cmath>
+#include <limits>
+
+namespace torch_selfattn::ops {
+
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// 16-bit inputs compute in float32, as the kernels do.
+Tensor widened(const Tensor& t) {
+  const bool narrow = t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+  return narrow ? t.to(at::kFloat) : t;
+}
+
+Tensor both(const Tensor& a, const Tensor& b) {
+  if (!a.defined()) return b;
+  return b.defined() ? at::logical_and(a, b) : a;
+}
+
+double scale_of(const AttentionTensors& t, std::optional<double> scale) {
+  if (scale.has_value()) return *scale;
+  if (t.weight.has_value()) return 1.0;
+  const int64_t head_dim = t.query.sym_size(-1).guard_int(__FILE__, __LINE__);
+  return 1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(head_dim, 1)));
+}
+
+// Sums over the dimensions in which `like` has size 1.
+Tensor sum_to(const Tensor& t, const Tensor& like) { return t.sum_to_size_symint(like.sym_sizes()); }
+
+// (B, H, L, D) summed over the query heads that read each of kv_heads heads.
+Tensor sum_head_groups(const Tensor& t, const SymInt& kv_heads) {
+  if (t.sym_size(1) == kv_heads) return t;
+  return t
+      .reshape_symint({t.sym_size(0), kv_heads, t.sym_size(1) / kv_heads, t.sym_size(2),
+                       t.sym_size(3)})
+      .sum(2);
+}
+
+// Everything both directions need of one problem.
+struct Terms {
+  Tensor query;    // (B, H, Lq, E), widened
+  Tensor key;      // (B, H, Lk, E), widened; rows that no query may see are 0
+  Tensor value;    // (B, H, Lk, Ev), alike
+  Tensor weight;   // (B or 1, H or 1, 1, 1, E), additive only
+  Tensor tanh;     // (B, H, Lq, Lk, E), additive only
+  Tensor factors;  // dropout, undefined without
+  Softmax softmax;
+  double scale;
+};
+
+Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
+                 const AttentionOptions<SymInt>& options) {
+  Terms terms;
+  const SymInt heads = t.query.sym_size(1);
+  Tensor allowed = allowed_pairs(t, options, Tensor());
+  Tensor bias;
+  if (t.attn_mask.has_value()) {
+    const Tensor& mask = *t.attn_mask;
+    if (mask.scalar_type() == at::kBool) {
+      allowed = both(allowed, mask);
+    } else {
+      const Tensor open = mask.ne(-kInfinity);
+      allowed = both(allowed, open);
+      bias = at::where(open, widened(mask), at::scalar_tensor(0.0, widened(mask).options()));
+    }
+  }
+  terms.query = widened(t.query);
+  terms.key = repeat_heads(widened(t.key), heads);
+  terms.value = repeat_heads(widened(t.value), heads);
+  if (allowed.defined()) {
+    // What stands in a key or value that nobody attends to must not reach a derivative as 0 * NaN.
+    const Tensor seen = allowed
+                            .expand_symint({t.query.sym_size(0), heads, t.query.sym_size(2),
+                                            t.key.sym_size(2)})
+                            .any(2)
+                            .unsqueeze(-1);
+    const Tensor zero = at::scalar_tensor(0.0, terms.key.options());
+    terms.key = at::where(seen, terms.key, zero);
+    terms.value = at::where(seen, terms.value, zero);
+  }
+  terms.scale = scale_of(t, options.scale);
+  Tensor scores;
+  if (t.weight.has_value()) {
+    terms.weight = widened(*t.weight).unsqueeze(-2).unsqueeze(-2);
+    terms.tanh = at::tanh(terms.query.unsqueeze(3) + terms.key.unsqueeze(2));
+    scores = (terms.tanh * terms.weight).sum(-1) * terms.scale;
+  } else {
+    scores = at::matmul(terms.query * terms.scale, terms.key.transpose(-2, -1));
+  }
+  if (bias.defined()) scores = scores + bias;
+  terms.softmax = masked_softmax(scores, allowed);
+  if (options.dropout_p > 0) {
+    terms.factors = attention_dropout_factors(philox_state, t.query.sym_size(0), heads,
+                                              t.query.sym_size(2), t.key.sym_size(2),
+                                              options.dropout_p, scores.scalar_type());
+  }
+  return terms;
+}
+
+Tensor dropped(const Terms& terms, const Tensor& t) {
+  return terms.factors.defined() ? t * terms.factors : t;
+}
+
+}  // namespace
+
+Tensor repeat_heads(const Tensor& t, const SymInt& heads) {
+  const SymInt kv_heads = t.sym_size(1);
+  if (kv_heads == heads) return t;
+  return t.unsqueeze(2)
+      .expand_symint({t.sym_size(0), kv_heads, heads / kv_heads, t.sym_size(2), t.sym_size(3)})
+      .reshape_symint({t.sym_size(0), heads, t.sym_size(2), t.sym_size(3)});
+}
+
+Tensor allowed_pairs(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
+                     const Tensor& rows) {
+  const auto index_options = t.query.options().dtype(at::kLong).requires_grad(false);
+  const Tensor keys = at::arange(t.key.sym_size(2), index_options);  // (Lk)
+  const auto per_sample = [](const Tensor& x) { return x.to(at::kLong).reshape({-1, 1, 1, 1}); };
+  Tensor allowed;
+  if (t.key_lengths.has_value()) allowed = both(allowed, keys.lt(per_sample(*t.key_lengths)));
+  if (t.key_starts.has_value()) allowed = both(allowed, keys.ge(per_sample(*t.key_starts)));
+  if (options.window_left >= 0 || options.window_right >= 0) {
+    Tensor position = rows.defined() ? rows.to(at::kLong)
+                                     : at::arange(t.query.sym_size(2), index_options);
+    position = position.unsqueeze(-1) + options.query_offset;  // (R, 1)
+    if (t.query_offsets.has_value()) position = position + per_sample(*t.query_offsets);
+    if (options.window_left >= 0) {
+      allowed = both(allowed, keys.ge(position - options.window_left));
+    }
+    if (options.window_right >= 0) {
+      allowed = both(allowed, keys.le(position + options.window_right));
+    }
+  }
+  return allowed;
+}
+
+Softmax masked_softmax(const Tensor& given_scores, const Tensor& allowed) {
+  // A score that overflowed counts as the largest finite one: no inf - inf below.
+  const double largest = given_scores.scalar_type() == at::kDouble
+                             ? std::numeric_limits<double>::max()
+                             : static_cast<double>(std::numeric_limits<float>::max());
+  Tensor scores = at::clamp(given_scores, -largest, largest);
+  const Tensor minus_infinity = at::scalar_tensor(-kInfinity, scores.options());
+  const Tensor zero = at::scalar_tensor(0.0, scores.options());
+  if (allowed.defined()) scores = at::where(allowed, scores, minus_infinity);
+  if (scores.sym_size(-1) == 0) {
+    return {scores, at::full_symint(scores.sym_sizes().slice(0, 3), -kInfinity, scores.options())};
+  }
+  const Tensor row_max = at::amax(scores.detach(), {-1}, /*keepdim=*/true);
+  const Tensor shift = at::where(row_max.eq(-kInfinity), zero, row_max);
+  Tensor shifted = scores - shift;
+  Tensor exponentials;
+  if (allowed.defined()) {
+    // exp of a masked score is 0 either way; the first where keeps its derivative from being NaN.
+    shifted = at::where(allowed, shifted, zero);
+    exponentials = at::where(allowed, at::exp(shifted), zero);
+  } else {
+    exponentials = at::exp(shifted);
+  }
+  const Tensor sum = exponentials.sum(-1, /*keepdim=*/true);
+  const Tensor empty = sum.eq(0);
+  const Tensor divisor = at::where(empty, at::ones_like(sum), sum);
+  const Tensor lse = at::where(empty, minus_infinity, shift + at::log(divisor)).squeeze(-1);
+  return {exponentials / divisor, lse};
+}
+
+ComposedForward composed_attention(const AttentionTensors& t, const Tensor& philox_state,
+                                   const AttentionOptions<SymInt>& options) {
+  const Terms terms = make_terms(t, philox_state, options);
+  const Tensor output = at::matmul(dropped(terms, terms.softmax.weights), terms.value);
+  return {output.to(t.query.scalar_type()), terms.softmax.lse};
+}
+
+ComposedBackward composed_attention_backward(const Tensor& grad_output,
+                                             const OptionalTensor& grad_lse,
+                                             const AttentionTensors& t, const Tensor& philox_state,
+                                             const AttentionOptions<SymInt>& options,
+                                             bool attn_mask_grad) {
+  const Terms terms = make_terms(t, philox_state, options);
+  const Tensor& p = terms.softmax.weights;
+  const Tensor grad_out = widened(grad_output);
+  const SymInt kv_heads = t.key.sym_size(1);
+
+  const Tensor grad_value = at::matmul(dropped(terms, p).transpose(-2, -1), grad_out);
+  const Tensor grad_p = dropped(terms, at::matmul(grad_out, terms.value.transpose(-2, -1)));
+  Tensor row_term = -(p * grad_p).sum(-1, /*keepdim=*/true);
+  if (grad_lse.has_value()) row_term = row_term + grad_lse->to(p.scalar_type()).unsqueeze(-1);
+  const Tensor grad_scores = p * (grad_p + row_term);  // (B, H, Lq, Lk)
+
+  ComposedBackward grads;
+  Tensor grad_query;
+  Tensor grad_key;
+  if (t.weight.has_value()) {
+    const Tensor g = grad_scores.unsqueeze(-1) * terms.scale;
+    const Tensor grad_sum = g * terms.weight * (1 - terms.tanh * terms.tanh);  // of q_i + k_j
+    grad_query = grad_sum.sum(3);
+    grad_key = grad_sum.sum(2);
+    grads.grad_weight = sum_to((g * terms.tanh).sum(std::vector<int64_t>{2, 3}), *t.weight)
+                            .to(t.weight->scalar_type());
+  } else {
+    grad_query = at::matmul(grad_scores, terms.key) * terms.scale;
+    grad_key = at::matmul(grad_scores.transpose(-2, -1), terms.query) * terms.scale;
+  }
+  grads.grad_query = grad_query.to(t.query.scalar_type());
+  grads.grad_key = sum_head_groups(grad_key, kv_heads).to(t.key.scalar_type());
+  grads.grad_value = sum_head_groups(grad_value, kv_heads).to(t.value.scalar_type());
+  if (attn_mask_grad) {
+    grads.grad_attn_mask = sum_to(grad_scores, *t.attn_mask).to(t.attn_mask->scalar_type());
+  }
+  return grads;
+}
+
+}  // namespace torch_selfattn::ops
