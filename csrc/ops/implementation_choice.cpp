@@ -94,6 +94,8 @@ std::string explain_choice(const std::string& call, const std::vector<Candidate>
 
 }  // namespace ops
 
+std::string forced_implementation() { return ops::forced_implementation(); }
+
 std::string set_forced_implementation(const std::string& name) {
   return ops::set_forced_implementation(name);
 }

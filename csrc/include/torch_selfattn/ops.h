@@ -107,6 +107,8 @@ TORCH_SELFATTN_API std::string explain(
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt);
 
+// The implementation that every attention call of the process must use; empty: the best one.
+TORCH_SELFATTN_API std::string forced_implementation();
 // Sets the implementation that every attention call of the process must use, forward and backward,
 // and returns the one before; empty: the best one. ImplementationGuard below puts it back.
 TORCH_SELFATTN_API std::string set_forced_implementation(const std::string& name);
