@@ -14,11 +14,14 @@ NEEDED = {
     "numpy": "numpy",
 }
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 (this is the check)
     sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
-missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+missing = [
+    package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None
+]
 if missing:
     sys.exit(
         f"{sys.executable} lacks {', '.join(missing)}. Nothing is installed into an environment "
-        f"given by PYTHON=; install them with\n    {sys.executable} -m pip install {' '.join(missing)}"
+        f"given by PYTHON=; this would be the command:\n"
+        f"    {sys.executable} -m pip install {' '.join(missing)}"
     )
