@@ -21,21 +21,34 @@ using torch::autograd::variable_list;
 
 using Options = AttentionOptions<SymInt>;
 
-// Saves the tensors and numbers of a problem in a node and gives them back.
+// The numbers of a problem in a node. Only what differs from the default is saved: each entry costs
+// a tenth of a microsecond, and most calls need none. (Entries apart, not one tuple: compiled
+// autograd lifts symbolic integers from plain entries only.)
+void save_integer(AutogradContext* ctx, const char* name, const SymInt& value, int64_t otherwise) {
+  if (value.is_symbolic() || value.expect_int() != otherwise) ctx->saved_data[name] = value;
+}
+
+SymInt saved_integer(AutogradContext* ctx, const char* name, int64_t otherwise) {
+  const auto entry = ctx->saved_data.find(name);
+  return entry == ctx->saved_data.end() ? SymInt(otherwise) : entry->second.toSymInt();
+}
+
+bool saved_flag(AutogradContext* ctx, const char* name) { return ctx->saved_data.count(name) > 0; }
+
 void save_options(AutogradContext* ctx, const Options& options) {
-  ctx->saved_data["has_scale"] = options.scale.has_value();
-  ctx->saved_data["scale"] = options.scale.value_or(0.0);
-  ctx->saved_data["dropout_p"] = options.dropout_p;
-  ctx->saved_data["window_left"] = options.window_left;
-  ctx->saved_data["window_right"] = options.window_right;
-  ctx->saved_data["query_offset"] = options.query_offset;
+  if (options.scale.has_value()) ctx->saved_data["scale"] = *options.scale;
+  if (options.dropout_p > 0) ctx->saved_data["dropout_p"] = options.dropout_p;
+  save_integer(ctx, "window_left", options.window_left, -1);
+  save_integer(ctx, "window_right", options.window_right, -1);
+  save_integer(ctx, "query_offset", options.query_offset, 0);
 }
 
 Options saved_options(AutogradContext* ctx) {
-  const bool has_scale = ctx->saved_data["has_scale"].toBool();
-  return {has_scale ? std::optional<double>(ctx->saved_data["scale"].toDouble()) : std::nullopt,
-          ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["window_left"].toSymInt(),
-          ctx->saved_data["window_right"].toSymInt(), ctx->saved_data["query_offset"].toSymInt()};
+  Options options{std::nullopt, 0.0, saved_integer(ctx, "window_left", -1),
+                  saved_integer(ctx, "window_right", -1), saved_integer(ctx, "query_offset", 0)};
+  if (saved_flag(ctx, "scale")) options.scale = ctx->saved_data["scale"].toDouble();
+  if (saved_flag(ctx, "dropout_p")) options.dropout_p = ctx->saved_data["dropout_p"].toDouble();
+  return options;
 }
 
 Tensor or_undefined(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
@@ -96,11 +109,12 @@ class Attention : public Function<Attention> {
     saved.insert(saved.end(), {output, lse, philox_state});
     ctx->save_for_backward(std::move(saved));
     save_options(ctx, options);
-    EdgeCounter edges;
-    for (int i = 0; i < 3; ++i) edges.add(true);
-    edges.add(weight.has_value());
-    ctx->saved_data["mask_edge"] = static_cast<int64_t>(edges.add(attn_mask.has_value()));
-    ctx->saved_data["mask_grad"] = requires_grad(attn_mask);
+    if (requires_grad(attn_mask)) {
+      EdgeCounter edges;
+      for (int i = 0; i < 3; ++i) edges.add(true);
+      edges.add(weight.has_value());
+      ctx->saved_data["mask_edge"] = static_cast<int64_t>(edges.add(true));
+    }
     ctx->mark_non_differentiable({philox_state});
     ctx->set_materialize_grads(false);
     return {output, lse, philox_state};
@@ -117,7 +131,7 @@ class Attention : public Function<Attention> {
                                    ? grads[0]
                                    : at::zeros_symint(output.sym_sizes(), output.options());
     const bool mask_grad =
-        ctx->saved_data["mask_grad"].toBool() &&
+        saved_flag(ctx, "mask_edge") &&
         ctx->needs_input_grad(static_cast<size_t>(ctx->saved_data["mask_edge"].toInt()));
     auto [grad_query, grad_key, grad_value, grad_weight, grad_mask] = attention_backward(
         grad_output, or_nothing(grads[1]), problem.query, problem.key, problem.value,
@@ -157,7 +171,7 @@ class AttentionBackward : public Function<AttentionBackward> {
     saved.insert(saved.end(), {grad_output, or_undefined(grad_lse), philox_state});
     ctx->save_for_backward(std::move(saved));
     save_options(ctx, options);
-    ctx->saved_data["attn_mask_grad"] = attn_mask_grad;
+    if (attn_mask_grad) ctx->saved_data["attn_mask_grad"] = true;
     ctx->set_materialize_grads(false);
     return {grad_query, grad_key, grad_value, grad_weight, grad_mask};
   }
@@ -165,7 +179,7 @@ class AttentionBackward : public Function<AttentionBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const bool create_graph = at::GradMode::is_enabled();
-    const bool attn_mask_grad = ctx->saved_data["attn_mask_grad"].toBool();
+    const bool attn_mask_grad = saved_flag(ctx, "attn_mask_grad");
     const at::AutoGradMode record(true);
 
     // With create_graph the saved tensors keep their history, and the third derivative with them.
