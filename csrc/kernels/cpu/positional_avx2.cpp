@@ -1,0 +1,2 @@
+#define TSA_INSTRUCTION_SET avx2
+#include "kernels/cpu/positional_generic.h"

@@ -1,0 +1,2 @@
+#define TSA_INSTRUCTION_SET avx512
+#include "kernels/cpu/positional_generic.h"
