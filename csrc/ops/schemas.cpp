@@ -72,4 +72,43 @@ TORCH_LIBRARY(torch_selfattn, library) {
   def("_attention_dropout_factors(Tensor philox_state, SymInt batch, SymInt heads, "
       "SymInt query_length, SymInt key_length, float dropout_p, ScalarType dtype) -> Tensor",
       tags);
+
+  // Positional encodings, public layer.
+  def("sinusoidal_encoding(SymInt length, SymInt dim, float base=10000.0, SymInt offset=0, "
+      "ScalarType? dtype=None, Device? device=None) -> Tensor",
+      tags);
+  def("add_sinusoidal_encoding(Tensor x, float scale=1.0, float base=10000.0, SymInt offset=0, "
+      "Tensor? positions=None) -> Tensor",
+      tags);
+  def("add_learned_encoding(Tensor x, Tensor table, SymInt offset=0, Tensor? positions=None) "
+      "-> Tensor",
+      tags);
+  def("rotary_embedding(Tensor x, Tensor cos, Tensor sin, bool interleaved=False, "
+      "SymInt? rotary_dim=None, Tensor? position_ids=None) -> Tensor",
+      tags);
+  def("rotary_tables(SymInt length, SymInt dim, float base=10000.0, SymInt offset=0, "
+      "float scaling=1.0, ScalarType? dtype=None, Device? device=None) "
+      "-> (Tensor cos, Tensor sin)",
+      tags);
+
+  // Positional encodings, forward and backward layers. `like` only gives a dtype and a device.
+  def("_sinusoidal_encoding_forward(Tensor like, SymInt length, SymInt dim, float base, "
+      "SymInt offset) -> Tensor",
+      tags);
+  def("_rotary_tables_forward(Tensor like, SymInt length, SymInt dim, float base, SymInt offset, "
+      "float scaling) -> (Tensor cos, Tensor sin)",
+      tags);
+  def("_add_sinusoidal_encoding_forward(Tensor x, Tensor? positions, float scale, float base, "
+      "SymInt offset) -> Tensor",
+      tags);
+  def("_add_learned_encoding_forward(Tensor x, Tensor table, Tensor? positions, SymInt offset) "
+      "-> Tensor",
+      tags);
+  def("_add_learned_encoding_backward(Tensor grad, Tensor? positions, SymInt offset, SymInt rows, "
+      "ScalarType dtype) -> Tensor",
+      tags);
+  // conjugate: by minus the angles, which is the transpose and so the backward.
+  def("_rotary_embedding_forward(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids, "
+      "bool interleaved, bool conjugate) -> Tensor",
+      tags);
 }

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch_selfattn/export.h>
+#include <torch_selfattn/positional.h>
 #include <torch_selfattn/version.h>
 
 #include <cstdint>
