@@ -1,0 +1,180 @@
+"""Positional encodings."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LearnedPositionalEncoding", "RotaryEmbedding", "SinusoidalPositionalEncoding"]
+
+
+class SinusoidalPositionalEncoding(nn.Module):
+    r"""Adds ``scale`` times sines and cosines of the position, then drops out.
+
+    .. math::
+        \mathrm{enc}(p, 2i) = \sin(p / base^{2i/D}), \quad
+        \mathrm{enc}(p, 2i+1) = \cos(p / base^{2i/D})
+
+    The angles are computed in float32 or better whatever the dtype of the input; there is no table,
+    hence no longest length. No parameters, no buffers.
+
+    Args:
+        scale: factor of the encoding.
+        base: the longest wavelength is ``2 pi * base``.
+        dropout: probability of dropping an element of the sum in training.
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.5.
+    """
+
+    def __init__(self, scale: float = 1.0, base: float = 10000.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale = float(scale)
+        self.base = float(base)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """x (..., L, D) -> the same shape and dtype.
+
+        Row l stands at position ``offset + l``, or, with integer ``positions`` (L) or (B, L), at
+        ``offset + positions[b, l]``: for decoding step by step, give the cached length(s).
+        """
+        return self.dropout(
+            torch.ops.torch_selfattn.add_sinusoidal_encoding(
+                x, self.scale, self.base, offset, positions
+            )
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, base={self.base:g}"
+
+
+class LearnedPositionalEncoding(nn.Module):
+    """Adds row ``position`` of a trained table, then drops out.
+
+    State-dict keys: ``weight`` (max_length, embed_dim).
+
+    Args:
+        max_length: number of positions; a position beyond it is an error.
+        embed_dim: size of the last dimension of the input.
+        dropout: probability of dropping an element of the sum in training.
+
+    Source: Gehring et al., "Convolutional sequence to sequence learning", ICML 2017.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        embed_dim: int,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.embed_dim = embed_dim
+        self.weight = nn.Parameter(torch.empty(max_length, embed_dim, device=device, dtype=dtype))
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02, as BERT and GPT-2 start."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """x (..., L, embed_dim) -> the same shape and dtype; positions as in
+        :meth:`SinusoidalPositionalEncoding.forward`."""
+        return self.dropout(
+            torch.ops.torch_selfattn.add_learned_encoding(x, self.weight, offset, positions)
+        )
+
+    def extra_repr(self) -> str:
+        return f"max_length={self.max_length}, embed_dim={self.embed_dim}"
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs of elements of queries and keys by angles proportional to their position.
+
+    Pair i of a row at position p is turned by ``p / base^(2i / dim)``, so that the dot product of a
+    query and a key depends on the distance of their positions only.
+
+    Cosines and sines stay float32 when the module is cast to half precision (they are computed
+    anew in float64 for float64 inputs). They are kept for the first ``max_length`` positions;
+    beyond, they are computed in the call, except that ``positions`` must lie below ``max_length``.
+    No parameters and nothing in the state dict.
+
+    Args:
+        dim: how many elements of each row are rotated (even); the rest is left alone. Give the head
+            dim, or less for a partial rotation.
+        max_length: length of the tables.
+        base: the longest wavelength is ``2 pi * base``.
+        interleaved: pairs are (x[2i], x[2i+1]); otherwise (x[i], x[i + dim/2]), as in GPT-NeoX and
+            Llama checkpoints of the transformers library.
+
+    Source: Su et al., "RoFormer: Enhanced transformer with rotary position embedding", 2021.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int = 4096,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dim <= 0 or dim % 2 != 0:
+            raise ValueError(f"RotaryEmbedding: dim must be even and positive (got dim={dim})")
+        self.dim = dim
+        self.max_length = max_length
+        self.base = float(base)
+        self.interleaved = interleaved
+        # The float32 tables as int32: .half() and .to(dtype) leave integers alone, also in a
+        # scripted module, which has no _apply() to override.
+        empty = torch.empty(max_length, dim // 2, dtype=torch.int32, device=device)
+        self.register_buffer("cos_bits", empty, persistent=False)
+        self.register_buffer("sin_bits", torch.empty_like(empty), persistent=False)
+        self.reset_parameters()
+
+    cos_bits: Tensor
+    sin_bits: Tensor
+
+    def reset_parameters(self) -> None:
+        """Fills the tables (again, after ``to_empty``)."""
+        if self.cos_bits.is_meta:
+            return
+        cos, sin = torch.ops.torch_selfattn.rotary_tables(
+            self.max_length, self.dim, self.base, device=self.cos_bits.device
+        )
+        self.cos_bits.copy_(cos.view(torch.int32))
+        self.sin_bits.copy_(sin.view(torch.int32))
+
+    def tables(self, offset: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (length, dim / 2) of the positions offset ... offset + length - 1."""
+        end = offset + length
+        if dtype == torch.float64 or end > self.max_length:
+            table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            cos, sin = torch.ops.torch_selfattn.rotary_tables(
+                end, self.dim, self.base, dtype=table_dtype, device=self.cos_bits.device
+            )
+            return cos[offset:end], sin[offset:end]
+        cos = self.cos_bits[offset:end].view(torch.float32)
+        sin = self.sin_bits[offset:end].view(torch.float32)
+        return cos, sin
+
+    def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
+        """x (B, H, L, D) with D >= dim -> the same shape and dtype.
+
+        Row l stands at position ``offset + l``, or, with integer ``positions`` (B, L), at
+        ``positions[b, l]`` (then ``offset`` must be 0).
+        """
+        if positions is None:
+            cos, sin = self.tables(offset, x.size(-2), x.dtype)
+        else:
+            cos, sin = self.tables(0, self.max_length, x.dtype)
+        return torch.ops.torch_selfattn.rotary_embedding(
+            x, cos, sin, self.interleaved, self.dim, positions
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, max_length={self.max_length}, base={self.base:g}, "
+            f"interleaved={self.interleaved}"
+        )
