@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse(
 }
 
 std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
-                    const OptionalTensor& weight, const OptionalTensor& attn_mask,
-                    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                    const OptionalTensor& weight, const OptionalTensor& attn_mask, double dropout_p,
+                    bool is_causal, std::optional<double> scale, bool enable_gqa,
                     const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                     SymInt window_left, SymInt window_right, SymInt query_offset,
                     const OptionalTensor& query_offsets) {
@@ -137,18 +137,20 @@ std::tuple<Tensor, Tensor> dot_product_attention_with_lse_composite(
     const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
     SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
   const OptionalTensor no_weight;
-  return attend("dot_product_attention",
-                {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets},
-                {scale, dropout_p, std::move(window_left), std::move(window_right),
-                 std::move(query_offset)},
-                is_causal, enable_gqa);
+  return attend(
+      "dot_product_attention",
+      {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets},
+      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
+      is_causal, enable_gqa);
 }
 
-Tensor dot_product_attention_composite(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
-    const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
-    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+Tensor dot_product_attention_composite(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       const OptionalTensor& attn_mask, double dropout_p,
+                                       bool is_causal, std::optional<double> scale, bool enable_gqa,
+                                       const OptionalTensor& key_lengths,
+                                       const OptionalTensor& key_starts, SymInt window_left,
+                                       SymInt window_right, SymInt query_offset,
+                                       const OptionalTensor& query_offsets) {
   return std::get<0>(dot_product_attention_with_lse_composite(
       query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
       key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
@@ -162,11 +164,11 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse_composite(
     SymInt window_left, SymInt window_right, SymInt query_offset,
     const OptionalTensor& query_offsets) {
   const OptionalTensor some_weight = weight;
-  return attend("additive_attention",
-                {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets},
-                {scale, dropout_p, std::move(window_left), std::move(window_right),
-                 std::move(query_offset)},
-                is_causal, enable_gqa);
+  return attend(
+      "additive_attention",
+      {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets},
+      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
+      is_causal, enable_gqa);
 }
 
 Tensor additive_attention_composite(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -191,15 +193,15 @@ std::string explain_composite(const Tensor& query, const Tensor& key, const Tens
                               const OptionalTensor& query_offsets) {
   const AttentionTensors tensors{query,     key,         value,      weight,
                                  attn_mask, key_lengths, key_starts, query_offsets};
-  const CanonicalProblem c = canonicalize(tensors.name(), tensors,
-                                          {scale, dropout_p, std::move(window_left),
-                                           std::move(window_right), std::move(query_offset)},
-                                          is_causal, enable_gqa);
+  const CanonicalProblem c = canonicalize(
+      tensors.name(), tensors,
+      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
+      is_causal, enable_gqa);
   const AttentionOptions<SymInt>& o = c.options;
   return explain_attention(
-      c.tensors(), {o.scale, o.dropout_p, o.window_left.guard_int(__FILE__, __LINE__),
-                    o.window_right.guard_int(__FILE__, __LINE__),
-                    o.query_offset.guard_int(__FILE__, __LINE__)});
+      c.tensors(),
+      {o.scale, o.dropout_p, o.window_left.guard_int(__FILE__, __LINE__),
+       o.window_right.guard_int(__FILE__, __LINE__), o.query_offset.guard_int(__FILE__, __LINE__)});
 }
 
 template <typename Library>

@@ -29,10 +29,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& query,
     const at::Tensor& key, const at::Tensor& value, const OptionalTensor& weight,
     const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    const at::Tensor& output, const at::Tensor& lse, const at::Tensor& philox_state,
-    std::optional<double> scale, double dropout_p, c10::SymInt window_left,
-    c10::SymInt window_right, c10::SymInt query_offset, bool attn_mask_grad);
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const at::Tensor& output,
+    const at::Tensor& lse, const at::Tensor& philox_state, std::optional<double> scale,
+    double dropout_p, c10::SymInt window_left, c10::SymInt window_right, c10::SymInt query_offset,
+    bool attn_mask_grad);
 
 // The factors 1/(1-p) or 0 that dropout multiplies the weights by, (B, H, Lq, Lk).
 at::Tensor attention_dropout_factors(const at::Tensor& philox_state, c10::SymInt batch,

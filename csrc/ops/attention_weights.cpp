@@ -42,10 +42,10 @@ namespace {
 
 void check_selection(const char* name, const Tensor& query, const OptionalTensor& selection) {
   if (!selection.has_value()) return;
-  TORCH_CHECK(selection->dim() == 1 && (selection->scalar_type() == at::kLong ||
-                                        selection->scalar_type() == at::kInt),
-              "attention_weights: ", name, " must be int64 or int32, one dimension (got ", name, "=",
-              selection->sym_sizes(), " ", selection->dtype(), ")");
+  TORCH_CHECK(selection->dim() == 1 &&
+                  (selection->scalar_type() == at::kLong || selection->scalar_type() == at::kInt),
+              "attention_weights: ", name, " must be int64 or int32, one dimension (got ", name,
+              "=", selection->sym_sizes(), " ", selection->dtype(), ")");
   TORCH_CHECK(selection->device() == query.device(), "attention_weights: ", name,
               " must be on the device of query (got query=", query.device(), ", ", name, "=",
               selection->device(), ")");
@@ -58,7 +58,8 @@ Tensor select(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
 }
 
 // The log-sum-exp over a single key is its score. So with the keys in the role of queries and one
-// row in the role of the key, the attention operator gives a row of scores: tanh(q + k) is symmetric.
+// row in the role of the key, the attention operator gives a row of scores: tanh(q + k) is
+// symmetric.
 Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& weight,
                        std::optional<double> scale) {
   const int64_t rows = query.sym_size(2).guard_int(__FILE__, __LINE__);
@@ -69,9 +70,9 @@ Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& wei
   std::vector<Tensor> scores;
   for (int64_t row = 0; row < rows; ++row) {
     const Tensor one = query.narrow(2, row, 1);
-    scores.push_back(std::get<1>(attention_forward(key, one, one, weight, std::nullopt,
-                                                   std::nullopt, std::nullopt, std::nullopt, scale,
-                                                   0.0, -1, -1, 0)));
+    scores.push_back(
+        std::get<1>(attention_forward(key, one, one, weight, std::nullopt, std::nullopt,
+                                      std::nullopt, std::nullopt, scale, 0.0, -1, -1, 0)));
   }
   return at::stack(scores, 2);  // (B, H, R, Lk)
 }
@@ -109,15 +110,15 @@ Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
   if (heads.has_value() && group == 1) {
     chosen_key = select(c.key, 1, heads);
   } else if (heads.has_value()) {
-    chosen_key = at::index_select(c.key, 1, heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
+    chosen_key =
+        at::index_select(c.key, 1, heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
   } else {
     chosen_key = repeat_heads(c.key, c.query.sym_size(1));
   }
 
-  Tensor scores =
-      c.weight.has_value()
-          ? additive_scores(chosen_query, chosen_key, select(*c.weight, 1, heads), scale)
-          : dot_scores(chosen_query, chosen_key, scale);
+  Tensor scores = c.weight.has_value() ? additive_scores(chosen_query, chosen_key,
+                                                         select(*c.weight, 1, heads), scale)
+                                       : dot_scores(chosen_query, chosen_key, scale);
   Tensor allowed = allowed_pairs(c.tensors(), c.options, rows.value_or(Tensor()));
   if (c.attn_mask.has_value()) {
     const Tensor mask = select(select(*c.attn_mask, 1, heads), 2, rows);

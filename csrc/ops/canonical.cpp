@@ -44,7 +44,8 @@ SymInt broadcast(const Shapes& shapes, const std::vector<SymInt>& sizes) {
   return common;
 }
 
-// (..., H, L, D) of any rank as (batch_shape..., H, L, D). Three dimensions are samples of one head.
+// (..., H, L, D) of any rank as (batch_shape..., H, L, D). Three dimensions are samples of one
+// head.
 Tensor with_rank(const Tensor& t, int64_t rank) {
   Tensor result = t;
   if (rank <= 3) {
@@ -112,7 +113,8 @@ Tensor canonical_mask(const Shapes& shapes, const Tensor& given, int64_t rank,
 OptionalTensor canonical_index(const Shapes& shapes, const char* name, const OptionalTensor& index,
                                int64_t rank, const std::vector<SymInt>& batch) {
   if (!index.has_value()) return index;
-  bool fits = index->dim() == static_cast<int64_t>(batch.size()) || (rank == 2 && index->dim() == 0);
+  bool fits =
+      index->dim() == static_cast<int64_t>(batch.size()) || (rank == 2 && index->dim() == 0);
   for (int64_t d = 0; fits && d < index->dim(); ++d) fits = equal(index->sym_size(d), batch[d]);
   TORCH_CHECK(fits, shapes.op, ": ", name, " must have one element per sample, shape ",
               c10::SymIntArrayRef(batch), " (got ", name, "=", index->sym_sizes(), ")");
@@ -150,14 +152,14 @@ CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
                               const AttentionOptions<SymInt>& options, bool is_causal,
                               bool enable_gqa) {
   check_attention_arguments(op, t, options);
-  TORCH_CHECK(!(is_causal && t.attn_mask.has_value()), op,
-              ": Explicit attn_mask should not be set when is_causal=True; a mask and causal is the "
-              "mask and window_right=0 (got attn_mask=",
-              t.attn_mask->sym_sizes(), ", is_causal=True)");
+  TORCH_CHECK(
+      !(is_causal && t.attn_mask.has_value()), op,
+      ": Explicit attn_mask should not be set when is_causal=True; a mask and causal is the "
+      "mask and window_right=0 (got attn_mask=",
+      t.attn_mask->sym_sizes(), ", is_causal=True)");
   const Shapes shapes{op, t};
-  CanonicalProblem c{t.query,     t.key,         t.value,      t.weight,
-                     t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
-                     options,     4,             {}};
+  CanonicalProblem c{t.query,      t.key,           t.value, t.weight, t.attn_mask, t.key_lengths,
+                     t.key_starts, t.query_offsets, options, 4,        {}};
   if (is_causal) c.options.window_right = 0;
 
   const int64_t rank = std::max({t.query.dim(), t.key.dim(), t.value.dim()});

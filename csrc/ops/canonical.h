@@ -19,7 +19,7 @@ struct CanonicalProblem {
   OptionalTensor key_starts;
   OptionalTensor query_offsets;
   AttentionOptions<c10::SymInt> options;
-  int64_t rank = 4;                       // of the user's query, key and value, broadcast
+  int64_t rank = 4;                      // of the user's query, key and value, broadcast
   std::vector<c10::SymInt> batch_shape;  // the dimensions before the heads, if rank > 4
 
   AttentionTensors tensors() const {

@@ -100,34 +100,35 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
   check_index_tensor(op, "query_offsets", q, t.query_offsets);
   TORCH_CHECK_VALUE(options.dropout_p >= 0.0 && options.dropout_p <= 1.0, op,
                     ": dropout_p must be between 0 and 1 (got dropout_p=", options.dropout_p, ")");
-  TORCH_CHECK_VALUE(options.window_left >= -1, op,
-                    ": window_left must be -1 (open) or more (got window_left=",
-                    options.window_left, ")");
-  TORCH_CHECK_VALUE(options.window_right >= -1, op,
-                    ": window_right must be -1 (open) or more (got window_right=",
-                    options.window_right, ")");
+  TORCH_CHECK_VALUE(
+      options.window_left >= -1, op,
+      ": window_left must be -1 (open) or more (got window_left=", options.window_left, ")");
+  TORCH_CHECK_VALUE(
+      options.window_right >= -1, op,
+      ": window_right must be -1 (open) or more (got window_right=", options.window_right, ")");
 }
 
 void check_attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& options) {
   const char* op = t.name();
   check_attention_arguments(op, t, options);
-  TORCH_CHECK(t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
-              ": the inner operator takes tensors of four dimensions (got query=",
-              t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(),
-              ")");
+  TORCH_CHECK(
+      t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
+      ": the inner operator takes tensors of four dimensions (got query=", t.query.sym_sizes(),
+      ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(), ")");
   const SymInt batch = t.query.sym_size(0);
   const SymInt heads = t.query.sym_size(1);
   const SymInt kv_heads = t.key.sym_size(1);
-  TORCH_CHECK(TORCH_GUARD_OR_FALSE(t.key.sym_size(0).sym_eq(batch)) &&
-                  TORCH_GUARD_OR_FALSE(t.value.sym_size(0).sym_eq(batch)) &&
-                  TORCH_GUARD_OR_FALSE(t.value.sym_size(1).sym_eq(kv_heads)),
-              op, ": the inner operator takes key and value of one batch and head count (got query=",
-              t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(),
-              ")");
+  TORCH_CHECK(
+      TORCH_GUARD_OR_FALSE(t.key.sym_size(0).sym_eq(batch)) &&
+          TORCH_GUARD_OR_FALSE(t.value.sym_size(0).sym_eq(batch)) &&
+          TORCH_GUARD_OR_FALSE(t.value.sym_size(1).sym_eq(kv_heads)),
+      op, ": the inner operator takes key and value of one batch and head count (got query=",
+      t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(), ")");
   // Zero heads of keys are fine only for zero heads of queries.
   TORCH_CHECK(TORCH_GUARD_OR_FALSE(kv_heads.sym_eq(heads)) ||
                   (kv_heads > 0 && TORCH_GUARD_OR_FALSE((heads % kv_heads).sym_eq(0))),
-              op, ": Number of heads in key and value must divide the number of heads in query (got ",
+              op,
+              ": Number of heads in key and value must divide the number of heads in query (got ",
               "query=", t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ")");
   const SymInt query_length = t.query.sym_size(2);
   const SymInt key_length = t.key.sym_size(2);
@@ -155,20 +156,21 @@ void check_attention_backward(const Tensor& grad_output, const OptionalTensor& g
   check_shape(op, "lse", lse, lse_shape);
   if (grad_lse.has_value()) check_shape(op, "the gradient of lse", *grad_lse, lse_shape);
   for (const Tensor* tensor : {&output, &grad_output}) {
-    TORCH_CHECK(tensor->scalar_type() == t.query.scalar_type() &&
-                    tensor->device() == t.query.device(),
-                op, ": the output and its gradient must have dtype and device of query (got query=",
-                t.query.dtype(), " ", t.query.device(), ", the other=", tensor->dtype(), " ",
-                tensor->device(), ")");
+    TORCH_CHECK(
+        tensor->scalar_type() == t.query.scalar_type() && tensor->device() == t.query.device(), op,
+        ": the output and its gradient must have dtype and device of query (got query=",
+        t.query.dtype(), " ", t.query.device(), ", the other=", tensor->dtype(), " ",
+        tensor->device(), ")");
   }
-  TORCH_CHECK(lse.scalar_type() == (t.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-              op, ": lse must be float64 for float64 inputs and float32 otherwise (got lse.dtype=",
-              lse.dtype(), ")");
-  TORCH_CHECK(philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
-                  TORCH_GUARD_OR_FALSE(
-                      philox_state.sym_size(0).sym_eq(options.dropout_p > 0 ? 2 : 0)),
-              op, ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
-              philox_state.sym_sizes(), ")");
+  TORCH_CHECK(
+      lse.scalar_type() == (t.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), op,
+      ": lse must be float64 for float64 inputs and float32 otherwise (got lse.dtype=", lse.dtype(),
+      ")");
+  TORCH_CHECK(
+      philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
+          TORCH_GUARD_OR_FALSE(philox_state.sym_size(0).sym_eq(options.dropout_p > 0 ? 2 : 0)),
+      op, ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
+      philox_state.sym_sizes(), ")");
 }
 
 void check_dropout_factors(const Tensor& philox_state, double dropout_p) {
@@ -188,8 +190,8 @@ void check_key_bounds_on_cpu(const char* op, const char* name, const OptionalTen
   const int64_t* value = values.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < values.numel(); ++b) {
     TORCH_CHECK_VALUE(value[b] >= 0 && value[b] <= key_length, op, ": ", name,
-                      " must be between 0 and the key length (got ", name, "[", b,
-                      "]=", value[b], ", key length ", key_length, ")");
+                      " must be between 0 and the key length (got ", name, "[", b, "]=", value[b],
+                      ", key length ", key_length, ")");
   }
 }
 

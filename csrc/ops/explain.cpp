@@ -24,9 +24,9 @@ std::string explain_attention(const AttentionTensors& tensors,
                               const AttentionOptions<int64_t>& options) {
   const c10::DeviceType device = tensors.query.device().type();
   const auto found = lists().find(device);
-  TORCH_CHECK_NOT_IMPLEMENTED(found != lists().end(), tensors.name(),
-                              ": there are no kernels for this device (got query=",
-                              tensors.query.device(), ")");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      found != lists().end(), tensors.name(),
+      ": there are no kernels for this device (got query=", tensors.query.device(), ")");
   const std::string call =
       std::string(tensors.name()) + " on " + c10::DeviceTypeName(device, /*lower_case=*/true);
   return explain_choice(call, found->second(tensors, options));

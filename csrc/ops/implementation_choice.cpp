@@ -58,12 +58,14 @@ size_t choose_implementation(const std::string& call, const std::vector<Candidat
   const std::string forced = forced_implementation();
   size_t chosen = candidates.size();
   for (size_t i = 0; i < candidates.size() && chosen == candidates.size(); ++i) {
-    const bool wanted = forced.empty() ? candidates[i].reason.empty() : candidates[i].name == forced;
+    const bool wanted =
+        forced.empty() ? candidates[i].reason.empty() : candidates[i].name == forced;
     if (wanted) chosen = i;
   }
   if (!forced.empty()) {
-    TORCH_CHECK_VALUE(chosen < candidates.size(), call, ": there is no implementation of the forced ",
-                      "name (got ", forced, ", available: ", names_of(candidates), ")");
+    TORCH_CHECK_VALUE(chosen < candidates.size(), call,
+                      ": there is no implementation of the forced ", "name (got ", forced,
+                      ", available: ", names_of(candidates), ")");
     TORCH_CHECK_NOT_IMPLEMENTED(candidates[chosen].reason.empty(), call,
                                 ": the forced implementation does not support this call (got ",
                                 forced, ": ", candidates[chosen].reason, ")");

@@ -10,7 +10,8 @@ namespace torch_selfattn::ops {
 // An empty (B, H, L, D) tensor in the memory order of `like`: (B, L, H, D) if there the heads lie
 // inside the length (the usual view of a projection's output), else contiguous. So results go back
 // through the same view without a copy. Every backend and Meta use this one rule.
-inline at::Tensor empty_in_order_of(const at::Tensor& like, const std::array<c10::SymInt, 4>& size) {
+inline at::Tensor empty_in_order_of(const at::Tensor& like,
+                                    const std::array<c10::SymInt, 4>& size) {
   const auto& [batch, heads, length, dim] = size;
   const bool heads_inside = TORCH_GUARD_OR_FALSE(like.sym_stride(1).sym_lt(like.sym_stride(2)));
   // Like at::empty, strides of an empty tensor count every dimension as at least 1.

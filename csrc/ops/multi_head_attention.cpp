@@ -73,14 +73,17 @@ InProjection make_in_projection(const Tensor& query, const Tensor& key, const Te
               "in_proj_weight (got ",
               bias.size(), " and ", weight.size(), ")");
   for (size_t i = 0; i < weight.size(); ++i) {
-    TORCH_CHECK(weight[i].dim() == 2, "multi_head_attention: in_proj_weight must have two "
-                "dimensions (got ", weight[i].sym_sizes(), ")");
+    TORCH_CHECK(weight[i].dim() == 2,
+                "multi_head_attention: in_proj_weight must have two "
+                "dimensions (got ",
+                weight[i].sym_sizes(), ")");
     if (bias.empty()) continue;
-    TORCH_CHECK(bias[i].dim() == 1 &&
-                    TORCH_GUARD_OR_FALSE(bias[i].sym_size(0).sym_eq(weight[i].sym_size(0))),
-                "multi_head_attention: in_proj_bias must have as many elements as in_proj_weight has "
-                "rows (got in_proj_weight=",
-                weight[i].sym_sizes(), ", in_proj_bias=", bias[i].sym_sizes(), ")");
+    TORCH_CHECK(
+        bias[i].dim() == 1 &&
+            TORCH_GUARD_OR_FALSE(bias[i].sym_size(0).sym_eq(weight[i].sym_size(0))),
+        "multi_head_attention: in_proj_bias must have as many elements as in_proj_weight has "
+        "rows (got in_proj_weight=",
+        weight[i].sym_sizes(), ", in_proj_bias=", bias[i].sym_sizes(), ")");
   }
   const std::array<const Tensor*, 3> inputs = {&query, &key, &value};
   for (size_t i = 0; i < 3; ++i) {
@@ -102,10 +105,11 @@ InProjection make_in_projection(const Tensor& query, const Tensor& key, const Te
   } else {
     const SymInt counts[] = {heads, kv_heads, kv_heads};
     for (size_t i = 0; i < 3; ++i) {
-      TORCH_CHECK(TORCH_GUARD_OR_FALSE((weight[i].sym_size(0) % counts[i]).sym_eq(0)),
-                  "multi_head_attention: the rows of in_proj_weight must be a multiple of the heads "
-                  "(got in_proj_weight=",
-                  weight[i].sym_sizes(), ", heads=", counts[i], ")");
+      TORCH_CHECK(
+          TORCH_GUARD_OR_FALSE((weight[i].sym_size(0) % counts[i]).sym_eq(0)),
+          "multi_head_attention: the rows of in_proj_weight must be a multiple of the heads "
+          "(got in_proj_weight=",
+          weight[i].sym_sizes(), ", heads=", counts[i], ")");
     }
   }
   return {weight, bias, begin};
@@ -128,8 +132,8 @@ Tensor multi_head_attention_composite(
                     "multi_head_attention: num_heads must be a multiple of num_kv_heads (got "
                     "num_heads=",
                     num_heads, ", num_kv_heads=", kv_heads, ")");
-  const InProjection projection = make_in_projection(query, key, value, in_proj_weight, in_proj_bias,
-                                                     num_heads, kv_heads);
+  const InProjection projection =
+      make_in_projection(query, key, value, in_proj_weight, in_proj_bias, num_heads, kv_heads);
 
   // As few matrix products as the inputs allow.
   Tensor q;

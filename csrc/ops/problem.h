@@ -47,6 +47,7 @@ kernels::AttentionForward forward_arguments(const PreparedProblem& prepared,
 kernels::AttentionBackward backward_arguments(const PreparedProblem& prepared,
                                               const at::Tensor& grad_output,
                                               const at::Tensor& grad_lse, const at::Tensor& output,
-                                              const at::Tensor& lse, const BackwardResults& results);
+                                              const at::Tensor& lse,
+                                              const BackwardResults& results);
 
 }  // namespace torch_selfattn::ops

@@ -21,8 +21,8 @@ namespace torch_selfattn {
 // The first eight arguments mean what they mean in F.scaled_dot_product_attention. A row that may
 // attend to no key gives 0. attn_mask: boolean (true = attend) or floating (added, differentiable),
 // broadcastable to (..., H, Lq, Lk). key_starts[b] <= j < key_lengths[b]: integer tensors (B).
-// window_left, window_right: how many keys before and after its own position a query sees, -1 = all;
-// the position of query i is i + query_offset + query_offsets[b].
+// window_left, window_right: how many keys before and after its own position a query sees, -1 =
+// all; the position of query i is i + query_offset + query_offsets[b].
 TORCH_SELFATTN_API at::Tensor dot_product_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& attn_mask = std::nullopt, double dropout_p = 0.0,
@@ -63,9 +63,9 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_ls
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt);
 
-// Chosen rows of the weight matrix softmax(...), without forming the others: (..., heads, rows, Lk).
-// weight: None for the dot-product score, (E) or (H, E) for the additive one. rows: int64 (R) query
-// indices, all by default; heads: int64 query heads, all by default.
+// Chosen rows of the weight matrix softmax(...), without forming the others: (..., heads, rows,
+// Lk). weight: None for the dot-product score, (E) or (H, E) for the additive one. rows: int64 (R)
+// query indices, all by default; heads: int64 query heads, all by default.
 TORCH_SELFATTN_API at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key,
     const std::optional<at::Tensor>& weight = std::nullopt,

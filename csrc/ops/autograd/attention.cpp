@@ -52,7 +52,9 @@ Options saved_options(AutogradContext* ctx) {
 }
 
 Tensor or_undefined(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
-OptionalTensor or_nothing(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+OptionalTensor or_nothing(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
 
 // The saved tensors of both nodes begin alike.
 constexpr size_t kTensors = 8;
@@ -127,9 +129,8 @@ class Attention : public Function<Attention> {
     const SavedTensors problem(saved);
     const Options options = saved_options(ctx);
     const Tensor& output = saved[kTensors];
-    const Tensor grad_output = grads[0].defined()
-                                   ? grads[0]
-                                   : at::zeros_symint(output.sym_sizes(), output.options());
+    const Tensor grad_output =
+        grads[0].defined() ? grads[0] : at::zeros_symint(output.sym_sizes(), output.options());
     const bool mask_grad =
         saved_flag(ctx, "mask_edge") &&
         ctx->needs_input_grad(static_cast<size_t>(ctx->saved_data["mask_edge"].toInt()));
@@ -148,9 +149,9 @@ class Attention : public Function<Attention> {
   }
 };
 
-// Double backward. The gradients are functions of g, u and the inputs alone (out and lse follow from
-// these), so this node returns the derivatives with respect to them and none for out and lse. They
-// are taken of the gradients composed of differentiable operators, O(Lq Lk) memory.
+// Double backward. The gradients are functions of g, u and the inputs alone (out and lse follow
+// from these), so this node returns the derivatives with respect to them and none for out and lse.
+// They are taken of the gradients composed of differentiable operators, O(Lq Lk) memory.
 class AttentionBackward : public Function<AttentionBackward> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output,

@@ -48,14 +48,16 @@ double scale_of(const AttentionTensors& t, std::optional<double> scale) {
 }
 
 // Sums over the dimensions in which `like` has size 1.
-Tensor sum_to(const Tensor& t, const Tensor& like) { return t.sum_to_size_symint(like.sym_sizes()); }
+Tensor sum_to(const Tensor& t, const Tensor& like) {
+  return t.sum_to_size_symint(like.sym_sizes());
+}
 
 // (B, H, L, D) summed over the query heads that read each of kv_heads heads.
 Tensor sum_head_groups(const Tensor& t, const SymInt& kv_heads) {
   if (t.sym_size(1) == kv_heads) return t;
   return t
-      .reshape_symint({t.sym_size(0), kv_heads, t.sym_size(1) / kv_heads, t.sym_size(2),
-                       t.sym_size(3)})
+      .reshape_symint(
+          {t.sym_size(0), kv_heads, t.sym_size(1) / kv_heads, t.sym_size(2), t.sym_size(3)})
       .sum(2);
 }
 
@@ -92,11 +94,10 @@ Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
   terms.value = repeat_heads(widened(t.value), heads);
   if (allowed.defined()) {
     // What stands in a key or value that nobody attends to must not reach a derivative as 0 * NaN.
-    const Tensor seen = allowed
-                            .expand_symint({t.query.sym_size(0), heads, t.query.sym_size(2),
-                                            t.key.sym_size(2)})
-                            .any(2)
-                            .unsqueeze(-1);
+    const Tensor seen =
+        allowed.expand_symint({t.query.sym_size(0), heads, t.query.sym_size(2), t.key.sym_size(2)})
+            .any(2)
+            .unsqueeze(-1);
     const Tensor zero = at::scalar_tensor(0.0, terms.key.options());
     terms.key = at::where(seen, terms.key, zero);
     terms.value = at::where(seen, terms.value, zero);
@@ -113,9 +114,9 @@ Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
   if (bias.defined()) scores = scores + bias;
   terms.softmax = masked_softmax(scores, allowed);
   if (options.dropout_p > 0) {
-    terms.factors = attention_dropout_factors(philox_state, t.query.sym_size(0), heads,
-                                              t.query.sym_size(2), t.key.sym_size(2),
-                                              options.dropout_p, scores.scalar_type());
+    terms.factors =
+        attention_dropout_factors(philox_state, t.query.sym_size(0), heads, t.query.sym_size(2),
+                                  t.key.sym_size(2), options.dropout_p, scores.scalar_type());
   }
   return terms;
 }
@@ -143,8 +144,8 @@ Tensor allowed_pairs(const AttentionTensors& t, const AttentionOptions<SymInt>& 
   if (t.key_lengths.has_value()) allowed = both(allowed, keys.lt(per_sample(*t.key_lengths)));
   if (t.key_starts.has_value()) allowed = both(allowed, keys.ge(per_sample(*t.key_starts)));
   if (options.window_left >= 0 || options.window_right >= 0) {
-    Tensor position = rows.defined() ? rows.to(at::kLong)
-                                     : at::arange(t.query.sym_size(2), index_options);
+    Tensor position =
+        rows.defined() ? rows.to(at::kLong) : at::arange(t.query.sym_size(2), index_options);
     position = position.unsqueeze(-1) + options.query_offset;  // (R, 1)
     if (t.query_offsets.has_value()) position = position + per_sample(*t.query_offsets);
     if (options.window_left >= 0) {

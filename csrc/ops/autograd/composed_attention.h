@@ -4,8 +4,8 @@
 
 // Attention composed of differentiable ATen operators, O(Lq Lk) memory (times E for the additive
 // score): what double backward, torch.func transforms and forward-mode AD differentiate. It follows
-// the rules of kernels/common/attention_problem.h: a row without keys gives 0 with zero derivatives,
-// and no derivative is NaN because of one.
+// the rules of kernels/common/attention_problem.h: a row without keys gives 0 with zero
+// derivatives, and no derivative is NaN because of one.
 namespace torch_selfattn::ops {
 
 struct ComposedForward {

@@ -37,9 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(
   const PreparedProblem prepared = prepare_problem(tensors, options);
   const ForwardResults results = empty_forward_results(tensors, dropout_p);
   if (dropout_p > 0) results.philox_state.random_();  // follows torch.manual_seed
-  const auto& implementation =
-      choose_from(kernels::cpu::attention_implementations(), prepared.problem, tensors.name(),
-                  "forward", "cpu");
+  const auto& implementation = choose_from(kernels::cpu::attention_implementations(),
+                                           prepared.problem, tensors.name(), "forward", "cpu");
   implementation.forward(forward_arguments(prepared, results), torch_parallel());
   return {results.output, results.lse, results.philox_state};
 }
@@ -66,9 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   const Tensor contiguous_lse = lse.contiguous();
   const Tensor contiguous_grad_lse =
       grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
-  const auto& implementation =
-      choose_from(kernels::cpu::attention_implementations(), prepared.problem, tensors.name(),
-                  "backward", "cpu");
+  const auto& implementation = choose_from(kernels::cpu::attention_implementations(),
+                                           prepared.problem, tensors.name(), "backward", "cpu");
   implementation.backward(backward_arguments(prepared, grad_output, contiguous_grad_lse, output,
                                              contiguous_lse, results),
                           torch_parallel());

@@ -36,22 +36,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_meta(
     SymInt window_left, SymInt window_right, SymInt query_offset, bool attn_mask_grad) {
   const AttentionTensors tensors{query,     key,         value,      weight,
                                  attn_mask, key_lengths, key_starts, query_offsets};
-  check_attention_backward(grad_output, grad_lse, tensors, output, lse, philox_state,
-                           {scale, dropout_p, std::move(window_left), std::move(window_right),
-                            std::move(query_offset)});
+  check_attention_backward(
+      grad_output, grad_lse, tensors, output, lse, philox_state,
+      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)});
   BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
-  return {std::move(results.grad_query), std::move(results.grad_key),
-          std::move(results.grad_value), std::move(results.grad_weight),
-          std::move(results.grad_attn_mask)};
+  return {std::move(results.grad_query), std::move(results.grad_key), std::move(results.grad_value),
+          std::move(results.grad_weight), std::move(results.grad_attn_mask)};
 }
 
 Tensor attention_dropout_factors_meta(const Tensor& philox_state, SymInt batch, SymInt heads,
                                       SymInt query_length, SymInt key_length, double dropout_p,
                                       at::ScalarType dtype) {
   check_dropout_factors(philox_state, dropout_p);
-  return at::empty_symint({std::move(batch), std::move(heads), std::move(query_length),
-                           std::move(key_length)},
-                          philox_state.options().dtype(dtype));
+  return at::empty_symint(
+      {std::move(batch), std::move(heads), std::move(query_length), std::move(key_length)},
+      philox_state.options().dtype(dtype));
 }
 
 }  // namespace
