@@ -7,8 +7,6 @@ scriptable fronts, :mod:`torch_selfattn.nn` has the modules, and :mod:`torch_sel
 says in plain PyTorch what the operators compute.
 """
 
-import torch
-
 from ._load import load_library as _load_library
 
 _C = _load_library()
@@ -44,4 +42,3 @@ __version__: str = _C.version
 cmake_prefix_path: str = f"{__path__[0]}/share/cmake"
 
 _register()
-del torch
