@@ -14,6 +14,7 @@ _C = _load_library()
 from . import nn  # noqa: E402 (needs the operators)
 from ._implementation import use_implementation  # noqa: E402
 from ._registrations import register as _register  # noqa: E402
+from ._registrations_positional import register as _register_positional  # noqa: E402
 from .functional import (  # noqa: E402
     additive_attention,
     additive_attention_with_lse,
@@ -23,8 +24,17 @@ from .functional import (  # noqa: E402
     explain,
     multi_head_attention,
 )
+from .positional import (  # noqa: E402
+    add_learned_encoding,
+    add_sinusoidal_encoding,
+    rotary_embedding,
+    rotary_tables,
+    sinusoidal_encoding,
+)
 
 __all__ = [
+    "add_learned_encoding",
+    "add_sinusoidal_encoding",
     "additive_attention",
     "additive_attention_with_lse",
     "attention_weights",
@@ -34,6 +44,9 @@ __all__ = [
     "explain",
     "multi_head_attention",
     "nn",
+    "rotary_embedding",
+    "rotary_tables",
+    "sinusoidal_encoding",
     "use_implementation",
 ]
 
@@ -42,3 +55,4 @@ __version__: str = _C.version
 cmake_prefix_path: str = f"{__path__[0]}/share/cmake"
 
 _register()
+_register_positional()

@@ -9,16 +9,12 @@ attention, masks and windows not discounted; an element of the additive score co
 tanh as 1, multiply-add with the weight).
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._flop_counter import register_flop_formula
 
 Results = tuple[tuple[Any, ...], tuple[int | None, ...]]  # of a batching rule, and their dimensions
 
@@ -151,44 +147,9 @@ def _backward_flops(
     return _pairs(query, key) * (score * query[3] + 2 * 2 * value[3])
 
 
-def _register_flops() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
-    register: Callable[..., Any] = register_flop_formula
-    register(_forward_op)(_forward_flops)
-    register(_backward_op)(_backward_flops)
-
-
-class _AfterFlopCounter(MetaPathFinder):
-    """Registers the FLOP counts when torch.utils.flop_counter is imported, since that imports
-    Triton: 0.2 s that few users of this package need."""
-
-    name = "torch.utils.flop_counter"
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            loader = spec.loader
-            run = loader.exec_module
-
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                _register_flops()
-
-            loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
 def register() -> None:
     """Called once by the package's __init__."""
     torch.library.register_vmap("torch_selfattn::_attention_forward", _forward_vmap)
     torch.library.register_vmap("torch_selfattn::_attention_backward", _backward_vmap)
-    if _AfterFlopCounter.name in sys.modules:
-        _register_flops()
-    else:
-        sys.meta_path.insert(0, _AfterFlopCounter())
+    register_flop_formula(_forward_op, _forward_flops)
+    register_flop_formula(_backward_op, _backward_flops)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._flop_counter import register_flop_formula
+
 _add_sinusoidal = torch.ops.torch_selfattn._add_sinusoidal_encoding_forward
 _add_learned = torch.ops.torch_selfattn._add_learned_encoding_forward
 _add_learned_backward = torch.ops.torch_selfattn._add_learned_encoding_backward
@@ -57,7 +59,7 @@ class _Folded:
 
 
 def _add_sinusoidal_vmap(
-    info: Any, in_dims: tuple, x: Tensor, positions: Tensor | None, *options: Any
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, positions: Tensor | None, *options: Any
 ) -> tuple[Tensor, int]:
     folded = _Folded(info.batch_size, x, in_dims[0], 1, (positions, in_dims[1]))
     return folded.unfold(_add_sinusoidal(folded.x, folded.others[0], *options)), 0
@@ -75,7 +77,12 @@ def _shifted_ids(folded: _Folded, offset: int, rows: int) -> Tensor:
 
 
 def _add_learned_vmap(
-    info: Any, in_dims: tuple, x: Tensor, table: Tensor, positions: Tensor | None, offset: int
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    table: Tensor,
+    positions: Tensor | None,
+    offset: int,
 ) -> tuple[Tensor, int]:
     folded = _Folded(info.batch_size, x, in_dims[0], 1, (positions, in_dims[2]))
     if in_dims[1] is None:
@@ -87,7 +94,7 @@ def _add_learned_vmap(
 
 def _add_learned_backward_vmap(
     info: Any,
-    in_dims: tuple,
+    in_dims: tuple[Any, ...],
     grad: Tensor,
     positions: Tensor | None,
     offset: int,
@@ -102,7 +109,7 @@ def _add_learned_backward_vmap(
 
 def _rotary_vmap(
     info: Any,
-    in_dims: tuple,
+    in_dims: tuple[Any, ...],
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -140,11 +147,10 @@ def _rotary_flops(x_shape: Any, cos_shape: Any, *args: Any, **kwargs: Any) -> in
 
 
 def register() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
     torch.library.register_vmap(_add_sinusoidal.default, _add_sinusoidal_vmap)
     torch.library.register_vmap(_add_learned.default, _add_learned_vmap)
     torch.library.register_vmap(_add_learned_backward.default, _add_learned_backward_vmap)
     torch.library.register_vmap(_rotary.default, _rotary_vmap)
-    register_flop_formula([_add_sinusoidal, _add_learned, _add_learned_backward])(_add_flops)
-    register_flop_formula(_rotary)(_rotary_flops)
+    for operator in (_add_sinusoidal, _add_learned, _add_learned_backward):
+        register_flop_formula(operator, _add_flops)
+    register_flop_formula(_rotary, _rotary_flops)

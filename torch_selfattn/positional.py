@@ -24,7 +24,7 @@ __all__ = [
 
 def _device(device: torch.device | None) -> torch.device | None:
     # The C++ operator does not know of `with torch.device(...)` and torch.set_default_device.
-    if device is None and not torch.jit.is_scripting():
+    if device is None and not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.get_default_device()
     return device
 

@@ -55,7 +55,9 @@ Positional encodings, x (..., L, D)::
 
     SinusoidalPositionalEncoding(scale=1.0, base=10000.0, dropout=0.0)
     LearnedPositionalEncoding(max_length, embed_dim, dropout=0.0)
-    RotaryEmbedding(dim, max_length=4096, base=10000.0, interleaved=False)   # x (B, H, L, head dim)
+    RotaryEmbedding(dim, max_length=4096, base=10000.0, interleaved=False, scaling=1.0)
+        x (B, H, L, head dim)
+    all three:
         (x, offset=0, positions=None) -> x's shape; row l stands at position offset + l, or
         offset + positions[b, l]; for a decoder step give positions=lengths[:, None]
 """

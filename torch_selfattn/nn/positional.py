@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from ..positional import (
+    add_learned_encoding,
+    add_sinusoidal_encoding,
+    rotary_embedding,
+    rotary_tables,
+)
+
 __all__ = ["LearnedPositionalEncoding", "RotaryEmbedding", "SinusoidalPositionalEncoding"]
 
 
@@ -36,11 +43,7 @@ class SinusoidalPositionalEncoding(nn.Module):
         Row l stands at position ``offset + l``, or, with integer ``positions`` (L) or (B, L), at
         ``offset + positions[b, l]``: for decoding step by step, give the cached length(s).
         """
-        return self.dropout(
-            torch.ops.torch_selfattn.add_sinusoidal_encoding(
-                x, self.scale, self.base, offset, positions
-            )
-        )
+        return self.dropout(add_sinusoidal_encoding(x, self.scale, self.base, offset, positions))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, base={self.base:g}"
@@ -81,9 +84,7 @@ class LearnedPositionalEncoding(nn.Module):
     def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
         """x (..., L, embed_dim) -> the same shape and dtype; positions as in
         :meth:`SinusoidalPositionalEncoding.forward`."""
-        return self.dropout(
-            torch.ops.torch_selfattn.add_learned_encoding(x, self.weight, offset, positions)
-        )
+        return self.dropout(add_learned_encoding(x, self.weight, offset, positions))
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, embed_dim={self.embed_dim}"
@@ -92,8 +93,8 @@ class LearnedPositionalEncoding(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotates pairs of elements of queries and keys by angles proportional to their position.
 
-    Pair i of a row at position p is turned by ``p / base^(2i / dim)``, so that the dot product of a
-    query and a key depends on the distance of their positions only.
+    Pair i of a row at position p is turned by ``p / (scaling * base^(2i / dim))``, so that the dot
+    product of a query and a key depends on the distance of their positions only.
 
     Cosines and sines stay float32 when the module is cast to half precision (they are computed
     anew in float64 for float64 inputs). They are kept for the first ``max_length`` positions;
@@ -107,8 +108,12 @@ class RotaryEmbedding(nn.Module):
         base: the longest wavelength is ``2 pi * base``.
         interleaved: pairs are (x[2i], x[2i+1]); otherwise (x[i], x[i + dim/2]), as in GPT-NeoX and
             Llama checkpoints of the transformers library.
+        scaling: divides the positions, to stretch a trained model to longer sequences (linear
+            interpolation).
 
-    Source: Su et al., "RoFormer: Enhanced transformer with rotary position embedding", 2021.
+    Sources: Su et al., "RoFormer: Enhanced transformer with rotary position embedding", 2021;
+    Chen et al., "Extending context window of large language models via positional interpolation",
+    2023 (scaling).
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class RotaryEmbedding(nn.Module):
         max_length: int = 4096,
         base: float = 10000.0,
         interleaved: bool = False,
+        scaling: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +132,7 @@ class RotaryEmbedding(nn.Module):
         self.max_length = max_length
         self.base = float(base)
         self.interleaved = interleaved
+        self.scaling = float(scaling)
         # The float32 tables as int32: .half() and .to(dtype) leave integers alone, also in a
         # scripted module, which has no _apply() to override.
         empty = torch.empty(max_length, dim // 2, dtype=torch.int32, device=device)
@@ -140,8 +147,8 @@ class RotaryEmbedding(nn.Module):
         """Fills the tables (again, after ``to_empty``)."""
         if self.cos_bits.is_meta:
             return
-        cos, sin = torch.ops.torch_selfattn.rotary_tables(
-            self.max_length, self.dim, self.base, device=self.cos_bits.device
+        cos, sin = rotary_tables(
+            self.max_length, self.dim, self.base, 0, self.scaling, device=self.cos_bits.device
         )
         self.cos_bits.copy_(cos.view(torch.int32))
         self.sin_bits.copy_(sin.view(torch.int32))
@@ -151,10 +158,10 @@ class RotaryEmbedding(nn.Module):
         end = offset + length
         if dtype == torch.float64 or end > self.max_length:
             table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            cos, sin = torch.ops.torch_selfattn.rotary_tables(
-                end, self.dim, self.base, dtype=table_dtype, device=self.cos_bits.device
-            )
-            return cos[offset:end], sin[offset:end]
+            return rotary_tables(
+                length, self.dim, self.base, offset, self.scaling, table_dtype,
+                self.cos_bits.device,
+            )  # fmt: skip
         cos = self.cos_bits[offset:end].view(torch.float32)
         sin = self.sin_bits[offset:end].view(torch.float32)
         return cos, sin
@@ -169,12 +176,10 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.tables(offset, x.size(-2), x.dtype)
         else:
             cos, sin = self.tables(0, self.max_length, x.dtype)
-        return torch.ops.torch_selfattn.rotary_embedding(
-            x, cos, sin, self.interleaved, self.dim, positions
-        )
+        return rotary_embedding(x, cos, sin, self.interleaved, self.dim, positions)
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, max_length={self.max_length}, base={self.base:g}, "
-            f"interleaved={self.interleaved}"
+            f"interleaved={self.interleaved}, scaling={self.scaling:g}"
         )
