@@ -1,0 +1,1 @@
+"""Measurements of the operators against their peers; run benchmarks/bench.py."""

@@ -1,0 +1,149 @@
+"""Times and memory of functions that have been verified."""
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_SAMPLE_SECONDS = 0.005
+MIN_SAMPLES = 3
+MAX_SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call. A sample is the mean over `calls` calls in a row."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    samples: int
+    calls: int
+
+    @staticmethod
+    def of(samples: list[float], calls: int) -> "Times":
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return Times(median, q1, q3, min(samples), len(samples), calls)
+
+
+def _seconds(function: Callable[[], Any], calls: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def interleaved_times(
+    functions: Mapping[str, Callable[[], Any]], device: str, seconds: float
+) -> dict[str, Times]:
+    """Times all functions in turn, so that a busy moment of the machine meets all of them.
+
+    Each gets about `seconds`: the slow ones take part in fewer rounds, evenly spread, but in
+    MIN_SAMPLES at least.
+    """
+    calls: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+    for name, function in functions.items():
+        for _ in range(2):  # the second call is warm
+            once = _seconds(function, 1, device)
+        calls[name] = max(1, round(MIN_SAMPLE_SECONDS / once))
+        sample = _seconds(function, calls[name], device) * calls[name]
+        rounds[name] = min(MAX_SAMPLES, max(MIN_SAMPLES, int(seconds / sample)))
+    total = max(rounds.values(), default=0)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    gc_was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(total):
+            for name, function in functions.items():
+                if (i + 1) * rounds[name] // total > i * rounds[name] // total:
+                    samples[name].append(_seconds(function, calls[name], device))
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    return {name: Times.of(samples[name], calls[name]) for name in functions}
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes_here(function: Callable[[], Any], device: str) -> int:
+    """Peak memory that one call takes on top of what is there, its results included."""
+    function()  # compiles, loads libraries, starts threads
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = _resident("VmRSS")
+    result = function()
+    peak = _resident("VmHWM") - before
+    del result
+    return peak
+
+
+def peak_bytes(arguments: list[str], device: str) -> int | str:
+    """peak_bytes_here in a process of its own, or the reason why there is no figure.
+
+    bench.py with --measure-memory is the process. glibc keeps freed memory for later by
+    default; told to return every large block, its resident size is what is in use.
+    """
+    if device == "cpu" and not sys.platform.startswith("linux"):
+        return "peak memory on the CPU is read from Linux's /proc"
+    bench = Path(__file__).with_name("bench.py")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    run = subprocess.run(
+        [sys.executable, str(bench), *arguments], capture_output=True, text=True, env=environment
+    )
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"the measuring process ended with code {run.returncode}: {last}"
+    return int(json.loads(run.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def import_seconds(runs: int) -> Times:
+    """Time that `import torch_selfattn` takes where torch is imported already."""
+    program = (
+        "import time, torch; begin = time.perf_counter(); import torch_selfattn; "
+        "print(time.perf_counter() - begin)"
+    )
+    samples = [
+        float(subprocess.check_output([sys.executable, "-c", program], text=True))
+        for _ in range(runs + 1)
+    ]
+    return Times.of(samples[1:], 1)  # the first one reads the files from the disk
+
+
+def available_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62  # not known here: try

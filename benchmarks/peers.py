@@ -1,0 +1,237 @@
+"""What is compared: ours, and what a user of PyTorch would write or call instead.
+
+A candidate makes a function of the problem's tensors (problem_sets.make_inputs) that returns the
+output. It says beforehand why it cannot run a problem, and how much memory its largest
+intermediate tensors take.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torch_selfattn
+from benchmarks.problem_sets import Problem
+
+Function = Callable[..., Tensor]
+
+
+def _nothing(problem: Problem, backward: bool, element_size: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the operators in `ops`."""
+
+    ops: tuple[str, ...]
+    make: Callable[[Problem], Function]
+    is_ours: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    # Bytes of the large intermediate tensors that are alive at the same time.
+    intermediate_bytes: Callable[[Problem, bool, int], int] = _nothing
+    # Around every call, forward and backward.
+    context: Callable[[], AbstractContextManager] = nullcontext
+    # Why the problem cannot be run, "" if it can.
+    not_supported: Callable[[Problem], str] = field(default=lambda problem: "")
+
+
+# Ours.
+
+
+def our_options(problem: Problem) -> dict[str, Any]:
+    """The keyword arguments of our functions; a mask and causal is the mask and a window."""
+    return {
+        "is_causal": problem.causal and not problem.mask,
+        "window_right": 0 if problem.causal and problem.mask else -1,
+        "enable_gqa": problem.groups > 1,
+    }
+
+
+def _ours(problem: Problem) -> Function:
+    options = our_options(problem)
+
+    def dot(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return torch_selfattn.dot_product_attention(query, key, value, attn_mask, **options)
+
+    def additive(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        return torch_selfattn.additive_attention(query, key, value, weight, attn_mask, **options)
+
+    def multi_head(
+        x: Tensor,
+        in_proj_weight: Tensor,
+        in_proj_bias: Tensor,
+        out_proj_weight: Tensor,
+        out_proj_bias: Tensor,
+    ) -> Tensor:
+        in_proj = [in_proj_weight], [in_proj_bias]
+        return torch_selfattn.multi_head_attention(
+            x, x, x, problem.heads, *in_proj, out_proj_weight, out_proj_bias
+        )
+
+    return {"dot": dot, "additive": additive, "multi_head": multi_head}[problem.op]
+
+
+def forced(implementation: str) -> Candidate:
+    """Ours by the implementation of this name instead of the best one."""
+    return Candidate(
+        ("dot", "additive", "multi_head"),
+        _ours,
+        is_ours=True,
+        context=lambda: torch_selfattn.use_implementation(implementation),
+    )
+
+
+# PyTorch's own attention.
+
+
+def _sdpa(problem: Problem) -> Function:
+    return lambda query, key, value, attn_mask=None: F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=problem.causal, enable_gqa=problem.groups > 1
+    )
+
+
+def _sdpa_backend(backend: SDPBackend) -> Candidate:
+    return Candidate(("dot",), _sdpa, devices=("cuda",), context=lambda: sdpa_kernel(backend))
+
+
+def _flex(problem: Problem) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+    if problem.causal:
+        block_mask = create_block_mask(
+            lambda b, h, i, j: j <= i, None, None, problem.query_length, problem.key_length
+        )
+    return lambda query, key, value: compiled(
+        query, key, value, block_mask=block_mask, enable_gqa=problem.groups > 1
+    )
+
+
+def _multi_head_module(problem: Problem) -> Function:
+    width = problem.heads * problem.head_dim
+    module = nn.MultiheadAttention(width, problem.heads, batch_first=True)
+
+    def run(x: Tensor, **parameters: Tensor) -> Tensor:
+        if module.in_proj_weight is not parameters["in_proj_weight"]:
+            for name, parameter in parameters.items():
+                owner = module.out_proj if name.startswith("out_proj") else module
+                setattr(owner, name.removeprefix("out_proj_"), parameter)
+        # In eval mode without gradients the module takes its inference fast path.
+        module.train(torch.is_grad_enabled())
+        return module(x, x, x, need_weights=False)[0]
+
+    return run
+
+
+# Compositions of PyTorch's operators.
+
+
+def _finish(problem: Problem, scores: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    if problem.causal:
+        shape = (problem.query_length, problem.key_length)
+        future = torch.ones(shape, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+def _repeat_heads(problem: Problem, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if problem.groups == 1:
+        return key, value
+    return key.repeat_interleave(problem.groups, 1), value.repeat_interleave(problem.groups, 1)
+
+
+def dot_composition(problem: Problem) -> Function:
+    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        key, value = _repeat_heads(problem, key, value)
+        scores = (query * problem.head_dim**-0.5) @ key.transpose(-2, -1)
+        return _finish(problem, scores, value, attn_mask)
+
+    return run
+
+
+def additive_composition(problem: Problem) -> Function:
+    """The shortest way: the sum over features is a product of a matrix and a vector."""
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        key, value = _repeat_heads(problem, key, value)
+        terms = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))  # (B, H, Lq, Lk, D)
+        scores = (terms @ weight[:, None, :, None]).squeeze(-1)
+        return _finish(problem, scores, value, attn_mask)
+
+    return run
+
+
+def _keras_formula(problem: Problem) -> Function:
+    """As keras.layers.AdditiveAttention: reduce_sum(scale * tanh(q + k))."""
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        key, value = _repeat_heads(problem, key, value)
+        terms = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))
+        scores = torch.sum(weight[:, None, None, :] * terms, -1)
+        return _finish(problem, scores, value, attn_mask)
+
+    return run
+
+
+def _eager(problem: Problem) -> Function:
+    return dot_composition(problem) if problem.op == "dot" else additive_composition(problem)
+
+
+def _compiled(problem: Problem) -> Function:
+    # The Keras form: torch.compile fuses its sum with tanh, a matrix product it would not.
+    source = dot_composition(problem) if problem.op == "dot" else _keras_formula(problem)
+    return torch.compile(source, dynamic=False)
+
+
+def _scores(problem: Problem, element_size: int) -> int:
+    return problem.batch * problem.heads * problem.query_length * problem.key_length * element_size
+
+
+def _composition_bytes(features: tuple[int, int]) -> Callable[[Problem, bool, int], int]:
+    """Memory of a composition. `features`: its tensors of Lq Lk D elements, forward and both."""
+
+    def needed(problem: Problem, backward: bool, element_size: int) -> int:
+        large = features[backward] * problem.head_dim if problem.op == "additive" else 0
+        return _scores(problem, element_size) * (large + (4 if backward else 2))
+
+    return needed
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "ours": Candidate(("dot", "additive", "multi_head"), _ours, is_ours=True),
+    "sdpa": Candidate(("dot",), _sdpa),
+    "sdpa:flash": _sdpa_backend(SDPBackend.FLASH_ATTENTION),
+    "sdpa:efficient": _sdpa_backend(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa:cudnn": _sdpa_backend(SDPBackend.CUDNN_ATTENTION),
+    "sdpa:math": _sdpa_backend(SDPBackend.MATH),
+    "flex": Candidate(
+        ("dot",),
+        _flex,
+        devices=("cuda",),
+        not_supported=lambda problem: "masks are code for it" if problem.mask else "",
+    ),
+    "mha": Candidate(("multi_head",), _multi_head_module),
+    "eager": Candidate(("dot", "additive"), _eager, intermediate_bytes=_composition_bytes((2, 4))),
+    "compile": Candidate(
+        ("dot", "additive"), _compiled, intermediate_bytes=_composition_bytes((0, 2))
+    ),
+    "keras": Candidate(
+        ("additive",), _keras_formula, intermediate_bytes=_composition_bytes((2, 4))
+    ),
+}
