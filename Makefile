@@ -23,6 +23,7 @@ ifeq ($(PYTHON),)
   PY := $(ROOT)/$(VENV)/bin/python
   ID := torch-$(TORCH)
   ENVIRONMENT := $(VENV)/.torch_selfattn-$(TORCH)
+  DEMO_ENVIRONMENT := $(ENVIRONMENT)-demo
 else
   PY := $(shell command -v $(PYTHON))
   ifeq ($(PY),)
@@ -45,7 +46,8 @@ else
   PYTHONPATH_DIR := $(ROOT)/$(BUILD)/python
 endif
 PREFIX := $(PYTHONPATH_DIR)/torch_selfattn
-RUN := PYTHONPATH=$(PYTHONPATH_DIR) $(PY)
+# From there: `python -m` puts the current folder first in the path.
+RUN := cd $(PYTHONPATH_DIR) && PYTHONPATH=$(PYTHONPATH_DIR) $(PY)
 
 CPP_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
@@ -58,16 +60,16 @@ help: ## list the targets
 	@printf '\nOptions: TORCH=<version> (now %s)  PYTHON=<interpreter>  JOBS=<n>  CUDA=AUTO|ON|OFF  WERROR=ON|OFF\n' '$(TORCH)'
 
 .PHONY: demo
-demo: build ## train, evaluate, export and run the pronunciation model (about 10 minutes)
+demo: build $(DEMO_ENVIRONMENT) ## train, evaluate, export and run the pronunciation model (about 10 minutes)
 	@$(RUN) -m examples.pronounce.demo $(ARGS)
 
 .PHONY: demo-full
-demo-full: build ## the same, trained longer (about an hour on 2 cores; resumable)
-	@$(RUN) -m examples.pronounce.demo --full $(ARGS)
+demo-full: build $(DEMO_ENVIRONMENT) ## the same, trained longer (about an hour on 2 cores; resumable)
+	@$(RUN) -m examples.pronounce.demo --recipe full $(ARGS)
 
 .PHONY: bench
 bench: build ## measure against PyTorch; ARGS="--op … --set …" chooses
-	@$(RUN) benchmarks/bench.py $(ARGS)
+	@$(RUN) $(ROOT)/benchmarks/bench.py $(ARGS)
 
 ##@ Develop
 .PHONY: build
@@ -106,7 +108,7 @@ test-tsan: $(ENVIRONMENT) ## the CPU kernels under ThreadSanitizer
 
 .PHONY: gpu-check
 gpu-check: build ## on a machine with a GPU: tests, compute-sanitizer, benchmarks
-	@$(RUN) tools/gpu_check.py $(if $(OUT),--out $(OUT)) $(ARGS)
+	@$(RUN) $(ROOT)/tools/gpu_check.py $(if $(OUT),--out $(abspath $(OUT))) $(ARGS)
 
 # How the above get what they need.
 
@@ -127,11 +129,15 @@ FORCE:
 
 .PHONY: stage
 stage: | $(ENVIRONMENT)
-	@tools/stage.sh $(PREFIX)
+	@tools/stage.sh $(PYTHONPATH_DIR)
 
 ifeq ($(PYTHON),)
 $(ENVIRONMENT): pyproject.toml | build/.system-packages
 	@tools/make_environment.sh $(VENV) $(TORCH)
+	@touch $@
+
+$(DEMO_ENVIRONMENT): examples/pronounce/requirements.txt $(ENVIRONMENT)
+	@$(PY) -m pip install -q -r $<
 	@touch $@
 else
 $(ENVIRONMENT): pyproject.toml | build/.system-packages

@@ -28,7 +28,7 @@ if [[ $sanitizers == thread ]]; then
     --output-on-failure --no-tests=error
 fi
 
-tools/stage.sh "$build/python/torch_selfattn"
+tools/stage.sh "$build/python"
 cmake --build "$build" --target install -j "$jobs"
 # Python and torch keep what they allocate to the end, so leaks are looked for in the kernel tests.
 ctest --test-dir "$build" -R '^torch_selfattn_kernel_tests' -j "$jobs" --output-on-failure
