@@ -85,8 +85,8 @@ class MultiHeadAttention(nn.Module):
     ``nn.MultiheadAttention``; with the same state dict it gives the same outputs and gradients.
     What differs, on purpose:
 
-    * a sample whose keys are all padding gives the out-projection's bias and zero gradients, not
-      NaN, and NaN in padding changes nothing;
+    * a sample whose keys are all padding gives the out-projection's bias, with finite gradients,
+      and not NaN; a padded key or value that is NaN reaches no output;
     * ``is_causal=True`` is applied by itself; with ``attn_mask`` both hold (there it is a hint that
       may be wrong);
     * the returned weights are those before dropout;
@@ -212,13 +212,16 @@ class MultiHeadAttention(nn.Module):
         self.register_parameter("bias_v", parameter(add_bias_kv, 1, 1, self.kv_embed_dim))
         additive = score == "additive"
         self.register_parameter("score_weight", parameter(additive, num_heads, self.head_dim))
-        self.reset_parameters()
+        self._reset_in_projection()
 
     def reset_parameters(self) -> None:
         """In-projections Xavier uniform, biases 0, bias_k and bias_v Xavier normal, out-projection
-        as ``nn.Linear``, all as in ``nn.MultiheadAttention``; score weight within
-        1 / sqrt(head dim)."""
+        as ``nn.Linear``; score weight within 1 / sqrt(head dim). The same numbers as those of
+        ``nn.MultiheadAttention`` after the same ``torch.manual_seed``."""
         self.out_proj.reset_parameters()
+        self._reset_in_projection()
+
+    def _reset_in_projection(self) -> None:
         for weight in (
             self.in_proj_weight,
             self.q_proj_weight,
