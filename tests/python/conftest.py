@@ -1,7 +1,16 @@
 """What all tests share: one thread, a fixed seed, and a reason for each skipped GPU test."""
 
+import os
+
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run of CI; elsewhere new ones each time.
+hypothesis.settings.register_profile(
+    "torch_selfattn", deadline=None, derandomize="CI" in os.environ, print_blob=True
+)
+hypothesis.settings.load_profile("torch_selfattn")
 
 
 def pytest_configure() -> None:

@@ -1,0 +1,319 @@
+"""The abstract tester of an operator: what every operator must pass, written once.
+
+A subclass names the operator, its problem list and its float64 reference; every test below then
+runs for it. `arguments` are keyword arguments of the public operator; those of floating dtype
+(tensors inside lists too) are differentiable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import tolerances
+import torch
+from attention_problems import BY_NAME, FEW, FEWEST, Problem, philox_dropout_factors
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import torch_selfattn
+
+OPS = torch.ops.torch_selfattn
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+Arguments = dict[str, Any]
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@functools.cache
+def implementations(device: str) -> tuple[str, ...]:
+    """Names of the implementations on a device, best first."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return ("",)
+    x = torch.zeros(1, 1, 1, 1, device=device)
+    return tuple(re.findall(r"^  (\w+):", OPS.explain(x, x, x), re.MULTILINE))
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    with torch_selfattn.use_implementation(name) if name else contextlib.nullcontext():
+        yield
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of the inner operators: (overload, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "torch_selfattn":
+            assert not kwargs
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+class OperatorTester(ABC):
+    op: ClassVar[str]  # torch.ops.torch_selfattn.<op>
+    problems: ClassVar[list[Problem]]
+    # Names of problems for tests that cost much more than a call, and for those that cost seconds.
+    few: ClassVar[list[str]] = FEW
+    fewest: ClassVar[list[str]] = FEWEST
+
+    @abstractmethod
+    def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments: ...
+
+    @abstractmethod
+    def reference(self, arguments: Arguments, dropout_factors: Tensor | None) -> Any:
+        """The operator's outputs in float64, differentiable."""
+
+    # ---- What the tests are made of ----
+
+    def call(self, arguments: Arguments) -> tuple[Tensor, ...]:
+        return self.as_tuple(getattr(OPS, self.op)(**arguments))
+
+    @staticmethod
+    def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    def output_names(self) -> list[str]:
+        return ["output", "lse"][: len(getattr(OPS, self.op).default._schema.returns)]
+
+    def seed(self) -> None:
+        torch.manual_seed(1234)
+
+    def dropout_factors(self, problem: Problem, arguments: Arguments) -> Tensor | None:
+        """The factors that call() uses after seed(): the generator's state is read off the inner
+        operator, the factors are made here."""
+        if problem.dropout_p == 0:
+            return None
+        self.seed()
+        with Recorder() as recorder, torch.no_grad():
+            self.call(arguments)
+        forward, args = recorder.calls[0]
+        self.seed()
+        with torch.no_grad():
+            output, lse, state = forward(*args)
+        keys = args[1].shape[2]
+        return philox_dropout_factors(state, *lse.shape, keys, problem.dropout_p).to(output.device)
+
+    @staticmethod
+    def split(arguments: Arguments) -> tuple[list[Tensor], Callable[[Any], Arguments]]:
+        """The differentiable tensors, and the arguments with others in their places."""
+        leaves, spec = tree_flatten(arguments)
+        where = [n for n, leaf in enumerate(leaves) if is_float(leaf)]
+
+        def join(tensors: Any) -> Arguments:
+            new = list(leaves)
+            for n, tensor in zip(where, tensors, strict=True):
+                new[n] = tensor
+            return tree_unflatten(new, spec)
+
+        return [leaves[n] for n in where], join
+
+    def function(self, arguments: Arguments, call: Any = None) -> tuple[Any, list[Tensor]]:
+        """The operator as a function of its differentiable tensors, as gradcheck wants it: the same
+        dropout in each call, a finite number for the log-sum-exp of a row without a key."""
+        tensors, join = self.split(arguments)
+
+        def f(*inputs: Tensor) -> Any:
+            self.seed()
+            outputs = self.as_tuple((call or self.call)(join(inputs)))
+            outputs = tuple(x.where(x.detach().isfinite(), 0.0) for x in outputs)
+            return outputs if len(outputs) > 1 else outputs[0]
+
+        return f, [x.detach().clone().requires_grad_() for x in tensors]
+
+    def scripted_call(self) -> Callable[[Arguments], Any]:
+        """The Python function of the operator's name in TorchScript."""
+        f = torch.jit.script(getattr(torch_selfattn, self.op))
+        return lambda arguments: f(**arguments)
+
+    def grads(self, outputs: Any, inputs: list[Tensor], seed: int = 5) -> list[Tensor]:
+        """Gradients for random gradients of the outputs, rounded to the outputs' dtype; of the
+        log-sum-exp of a row without a key none is asked for."""
+        generator = torch.Generator().manual_seed(seed)
+        total = []
+        for x in outputs:
+            g = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            total.append(g.to(self.grad_dtype).to(x.device, x.dtype))
+        outputs = [x.where(x.detach().isfinite(), 0.0) for x in outputs]
+        grads = torch.autograd.grad(outputs, inputs, total, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+    grad_dtype = torch.float64
+
+    def errors(
+        self, problem: Problem, dtype: torch.dtype, device: str
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Outputs and gradients, got and wanted, by name."""
+        self.grad_dtype = dtype
+        arguments = self.arguments(problem, dtype, device)
+        factors = self.dropout_factors(problem, arguments)
+        tensors, join = self.split(arguments)
+        ours = [x.detach().requires_grad_() for x in tensors]
+        theirs = [x.detach().double().requires_grad_() for x in tensors]
+        self.seed()
+        got = self.call(join(ours))
+        want = self.as_tuple(self.reference(join(theirs), factors))
+        pairs = dict(zip(self.output_names(), zip(got, want, strict=True), strict=True))
+        got_grads, want_grads = self.grads(got, ours), self.grads(want, theirs)
+        for n, (a, b) in enumerate(zip(got_grads, want_grads, strict=True)):
+            assert a.dtype == tensors[n].dtype
+            pairs[f"gradient {n}"] = (a, b)
+        return pairs
+
+    def compare(self, problem: Problem, dtype: torch.dtype, device: str, name: str) -> None:
+        for what, (got, want) in self.errors(problem, dtype, device).items():
+            column = "gradients" if what.startswith("gradient") else what
+            limit = tolerances.bound(self.op, device, name, dtype, column)
+            # A float32 mask beside other inputs is no better than the coarser of the two.
+            coarser = max(dtype, got.dtype, key=lambda d: torch.finfo(d).eps)
+            unit = got.dtype if what == "lse" else coarser
+            tolerances.assert_within(got, want, unit, limit, what)
+
+    # ---- Tests ----
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        wanted = getattr(metafunc.function, "problems", lambda tester: tester.problems)
+        problems = wanted(self) if "problem" in metafunc.fixturenames else [None]
+        cases = []
+        for problem in problems:
+            for device, implementation in self.places(metafunc):
+                if device == "cuda" and not torch.cuda.is_available() and problem != problems[0]:
+                    continue  # one test that says so is enough
+                for dtype in DTYPES if "dtype" in metafunc.fixturenames else [None]:
+                    case = {
+                        "problem": problem,
+                        "device": device,
+                        "implementation": implementation,
+                        "dtype": dtype,
+                    }
+                    case = {k: v for k, v in case.items() if k in metafunc.fixturenames}
+                    ids = [str(problem), device, implementation, tolerances.NAMES.get(dtype)]
+                    ids = "-".join(x for x in ids if x not in (None, "", "None"))
+                    marks = [pytest.mark.cuda] if device == "cuda" else []
+                    cases.append(pytest.param(*case.values(), id=ids, marks=marks))
+        if cases and case:
+            metafunc.parametrize(tuple(case), cases)
+
+    @staticmethod
+    def places(metafunc: pytest.Metafunc) -> list[tuple[str | None, str]]:
+        """Devices and implementations that a test runs with."""
+        if "device" not in metafunc.fixturenames:
+            return [(None, "")]
+        devices = ["cpu", "cuda"]
+        if "implementation" not in metafunc.fixturenames:
+            return [(device, "") for device in devices]
+        return [(device, name) for device in devices for name in implementations(device)]
+
+    def test_forward_and_backward(self, problem, dtype, device, implementation):
+        """Outputs and all gradients against the float64 reference, by each implementation."""
+        arguments = self.arguments(problem, dtype, device)
+        skip_unless_supported(self, arguments, implementation)
+        with forced(implementation):
+            self.compare(problem, dtype, device, implementation)
+
+    # Gradients. gradcheck compares with finite differences in float64, element by element.
+
+    def gradient_problems(self) -> list[Problem]:
+        return [
+            p
+            for p in self.problems
+            if not (p.large or p.empty or (p.mask and p.mask.kind == "float32"))
+        ]
+
+    def test_gradcheck(self, problem):
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
+        assert gradcheck(f, inputs)
+
+    test_gradcheck.problems = gradient_problems
+
+    def test_gradgradcheck(self, problem):
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
+        # With requires_grad on the gradients it also checks the derivative by them.
+        assert gradgradcheck(f, inputs, gen_non_contig_grad_outputs=True, fast_mode=True)
+
+    test_gradgradcheck.problems = gradient_problems
+
+    def few_problems(self) -> list[Problem]:
+        return [BY_NAME[name] for name in self.few]
+
+    def fewest_problems(self) -> list[Problem]:
+        return [BY_NAME[name] for name in self.fewest]
+
+    def test_gradcheck_scripted(self, problem):
+        call = self.scripted_call()
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"), call)
+        assert gradcheck(f, inputs)
+        assert gradgradcheck(f, inputs, fast_mode=True)
+
+    test_gradcheck_scripted.problems = few_problems
+
+    def test_gradgradcheck_every_element(self, problem):
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
+        assert gradgradcheck(f, inputs)
+
+    test_gradgradcheck_every_element.problems = fewest_problems
+
+    def test_forward_mode(self, problem):
+        """Forward-mode AD, and forward over reverse, against finite differences."""
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
+        assert gradcheck(f, inputs, check_forward_ad=True, check_backward_ad=False)
+        assert gradgradcheck(f, inputs, fast_mode=True, check_fwd_over_rev=True)
+
+    test_forward_mode.problems = few_problems
+
+    # Registration.
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by opcheck itself
+    def test_opcheck(self, problem, device):
+        """All of torch.library.opcheck for the public, the forward and the backward operator."""
+        arguments = self.arguments(problem, torch.float64, device)
+        tensors, join = self.split(arguments)
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        with Recorder() as recorder:
+            outputs = self.call(join(inputs))
+            outputs = [x.where(x.detach().isfinite(), 0.0) for x in outputs]
+            torch.autograd.grad([x.cos().sum() for x in outputs], inputs, allow_unused=True)
+        names = [func.overloadpacket._qualified_op_name for func, _ in recorder.calls]
+        assert set(names) == set(self.inner_ops(problem)), names
+        public = getattr(OPS, self.op).default
+        if problem.dropout_p == 0:  # a composite operator has nothing of its own to check
+            opcheck(public, (), join(inputs))
+        for func, args in recorder.calls:
+            opcheck(func, tree_map(self.detached, args))
+
+    test_opcheck.problems = fewest_problems
+
+    def inner_ops(self, problem: Problem) -> list[str]:
+        return [f"torch_selfattn::_attention_{d}" for d in ("forward", "backward")]
+
+    @staticmethod
+    def detached(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(x.is_floating_point()) if is_tensor(x) else x
+
+
+def is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def skip_unless_supported(tester: OperatorTester, arguments: Arguments, name: str) -> None:
+    """Skips with the implementation's own reason. Each problem has one that supports it:
+    test_implementations.py."""
+    try:
+        with forced(name), torch.no_grad():
+            tester.call(arguments)
+    except NotImplementedError as e:
+        pytest.skip(str(e).splitlines()[0])

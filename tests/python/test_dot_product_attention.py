@@ -1,0 +1,15 @@
+"""dot_product_attention and dot_product_attention_with_lse."""
+
+from attention_problems import PROBLEMS, reference_of
+from operator_tester import OperatorTester
+
+
+class TestDotProductAttention(OperatorTester):
+    op = "dot_product_attention_with_lse"
+    problems = PROBLEMS
+
+    def arguments(self, problem, dtype, device):
+        return problem.arguments("dot", dtype, device)
+
+    def reference(self, arguments, dropout_factors):
+        return reference_of(arguments, dropout_factors)[:2]
