@@ -1,0 +1,85 @@
+"""Draws which letters each phone attends to, for words that the model has never seen.
+
+python -m examples.pronounce.figure examples/pronounce/runs/default/checkpoint.pt alignment.png
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, not a window
+
+from matplotlib import pyplot as plt
+
+from .data import load_dictionary, split_of
+from .evaluate import Pronounced, pronounce_words
+from .model import Pronouncer
+
+# None of them is in the training set; main() checks it.
+WORDS = ("knightsbridge", "forethought", "phosphorescent", "chronicle")
+
+
+def draw_alignment(axes: plt.Axes, word: str, item: Pronounced) -> matplotlib.image.AxesImage:
+    """One panel: letters from left to right, phones from top to bottom."""
+    image = axes.imshow(item.alignment, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+    axes.set_xticks(range(len(word)), list(word), fontsize=11)
+    axes.set_yticks(range(len(item.phones)), item.phones, fontsize=9, family="monospace")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    # Thin white lines between the cells.
+    axes.set_xticks([x - 0.5 for x in range(1, len(word))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(item.phones))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.0)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_color("0.7")
+    return image
+
+
+def draw(pronounced: dict[str, Pronounced], path: Path) -> None:
+    """All words side by side with one common scale."""
+    widths = [len(word) for word in pronounced]
+    figure, panels = plt.subplots(
+        1,
+        len(pronounced),
+        figsize=(0.27 * sum(widths) + 0.8 * len(widths), 3.9),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (word, item) in zip(panels[0], pronounced.items(), strict=True):
+        image = draw_alignment(axes, word, item)
+    panels[0][0].set_ylabel("phone")
+    bar = figure.colorbar(image, ax=panels[0].tolist(), shrink=0.7, aspect=25, pad=0.01)
+    bar.set_label("attention weight")
+    bar.outline.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def unseen(words: list[str], dictionary: Path | None = None) -> list[str]:
+    """The words, after a check that the model was not trained on any of them."""
+    listed = load_dictionary(dictionary)
+    for word in words:
+        if word in listed and split_of(word) == "train":
+            raise ValueError(f"'{word}' is in the training set: the figure is for unseen words")
+    return words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("words", nargs="*", default=list(WORDS))
+    args = parser.parse_args()
+    model = Pronouncer.load(args.checkpoint).eval()
+    words = unseen(args.words)
+    pronounced = pronounce_words(model.greedy, words)
+    draw({word: pronounced[word] for word in words}, args.image)
+    print(f"drew {', '.join(words)} to {args.image}")
+
+
+if __name__ == "__main__":
+    main()
