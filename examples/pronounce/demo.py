@@ -82,7 +82,7 @@ def main() -> int:
     heading("export: TorchScript and AOTInductor")
     export.export_torchscript(model, folder / "pronounce.pt")
     export.export_aoti(model, folder)
-    print(f"{folder}/pronounce.pt, encoder.pt2, decoder.pt2")
+    print(f"{folder}/pronounce.pt, start.pt2, step.pt2")
 
     heading("C++ program")
     program = cpp_program.build()

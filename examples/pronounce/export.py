@@ -3,8 +3,8 @@
     python -m examples.pronounce.export examples/pronounce/runs/default/checkpoint.pt
 
 writes beside the checkpoint
-    pronounce.pt                 TorchScript: word -> (phones, attention), greedy loop included
-    encoder.pt2, decoder.pt2     torch.export + AOTInductor: the two halves as compiled libraries
+    pronounce.pt          TorchScript: word -> (phones, attention), greedy loop included
+    start.pt2, step.pt2   torch.export + AOTInductor: the two halves of the loop, compiled
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch_selfattn.nn import KVCache
 
 from .data import LETTER_ID, PHONES, letter_ids
 from .model import GreedyDecoder, Pronouncer
@@ -57,49 +58,77 @@ def load_torchscript(path: Path) -> torch.jit.ScriptModule:
         return torch.jit.load(str(path))
 
 
-class Encoder(nn.Module):
-    """Pronouncer.encode as a module of its own, for torch.export."""
+# A compiled package takes and gives tensors; a list of caches travels as a flat list of them.
+CACHE_TENSORS = len(KVCache._fields)
+
+
+def flatten(caches: list[KVCache]) -> list[Tensor]:
+    return [tensor for cache in caches for tensor in cache]
+
+
+def unflatten(tensors: list[Tensor]) -> list[KVCache]:
+    starts = range(0, len(tensors), CACHE_TENSORS)
+    return [KVCache(*tensors[start : start + CACHE_TENSORS]) for start in starts]
+
+
+class Start(nn.Module):
+    """Pronouncer.start as a module of its own, for torch.export."""
 
     def __init__(self, model: Pronouncer) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, letters: Tensor, lengths: Tensor) -> Tensor:
-        return self.model.encode(letters, lengths)
+    def forward(self, letters: Tensor, lengths: Tensor) -> list[Tensor]:
+        return flatten(self.model.start(letters, lengths))
 
 
-class Decoder(nn.Module):
-    """Pronouncer.decode as a module of its own, for torch.export."""
+class Step(nn.Module):
+    """Pronouncer.step as a module of its own, for torch.export; it writes into the caches."""
 
     def __init__(self, model: Pronouncer) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, phones: Tensor, memory: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.decode(phones, memory, lengths)
+    def forward(
+        self, phone: Tensor, position: Tensor, caches: list[Tensor], lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.model.step(phone, position, unflatten(caches), lengths)
 
 
-def export_aoti(model: Pronouncer, folder: Path) -> None:
-    """Compiles both halves for any batch size, word length and number of phones so far."""
+def export_programs(model: Pronouncer) -> dict[str, torch.export.ExportedProgram]:
+    """Both halves of the greedy loop, for any number of words of any length."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     word = torch.export.Dim("letters", min=1, max=64)
-    steps = torch.export.Dim("phones", min=1, max=64)
     letters, lengths = torch.ones(3, 7, dtype=torch.long), torch.tensor([7, 5, 6])
-    phones = torch.ones(3, 4, dtype=torch.long)
+    phone, position = torch.ones_like(lengths), torch.zeros_like(lengths)
     with torch.no_grad():
-        memory = model.encode(letters, lengths)
-        encoder = torch.export.export(
-            Encoder(model).eval(),
+        caches = flatten(model.start(letters, lengths))
+        start = torch.export.export(
+            Start(model).eval(),
             (letters, lengths),
             dynamic_shapes=({0: batch, 1: word}, {0: batch}),
         )
-        decoder = torch.export.export(
-            Decoder(model).eval(),
-            (phones, memory, lengths),
-            dynamic_shapes=({0: batch, 1: steps}, {0: batch, 1: word}, {0: batch}),
+        # The letters' keys and values are as long as the words, the phones' have a fixed length.
+        cache_shapes = [
+            {
+                i: word if size == letters.size(1) else batch
+                for i, size in enumerate(cache.shape)
+                if size == letters.size(1) or i == 0
+            }
+            for cache in caches
+        ]
+        step = torch.export.export(
+            Step(model).eval(),
+            (phone, position, caches, lengths),
+            dynamic_shapes=({0: batch}, {0: batch}, cache_shapes, {0: batch}),
         )
-        for program, name in ((encoder, "encoder.pt2"), (decoder, "decoder.pt2")):
-            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / name))
+    return {"start": start, "step": step}
+
+
+def export_aoti(model: Pronouncer, folder: Path) -> None:
+    """Compiles both halves into the libraries start.pt2 and step.pt2."""
+    for name, program in export_programs(model).items():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
 
 
 class CompiledPronouncer(GreedyDecoder):
@@ -107,11 +136,20 @@ class CompiledPronouncer(GreedyDecoder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        for name in ("encoder.pt2", "decoder.pt2"):
+        for name in ("start.pt2", "step.pt2"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no AOTInductor package at {folder / name}")
-        self.encode = torch._inductor.aoti_load_package(str(folder / "encoder.pt2"))
-        self.decode = torch._inductor.aoti_load_package(str(folder / "decoder.pt2"))
+        self.start_program = torch._inductor.aoti_load_package(str(folder / "start.pt2"))
+        self.step_program = torch._inductor.aoti_load_package(str(folder / "step.pt2"))
+
+    def start(self, letters: Tensor, lengths: Tensor) -> list[KVCache]:
+        return unflatten(self.start_program(letters, lengths))
+
+    def step(
+        self, phone: Tensor, position: Tensor, caches: list[KVCache], lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits, weights = self.step_program(phone, position, flatten(caches), lengths)
+        return logits, weights
 
 
 def main() -> None:
@@ -122,7 +160,7 @@ def main() -> None:
     folder = args.checkpoint.parent
     export_torchscript(model, folder / "pronounce.pt")
     export_aoti(model, folder)
-    print(f"wrote pronounce.pt, encoder.pt2 and decoder.pt2 to {folder}")
+    print(f"wrote pronounce.pt, start.pt2 and step.pt2 to {folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""A sequence-to-sequence model from letters to phones, built from torch_selfattn's modules."""
+"""A sequence-to-sequence model from letters to phones, built from torch_selfattn's modules.
+
+Encoder: multi-head dot-product self-attention over the letters. Decoder: causal multi-head
+dot-product self-attention over the phones so far, and additive attention with one head from the
+phones to the letters, whose weights are the alignment.
+
+Shapes: B words, L letters, T phones, D = Config.width, P phone ids.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from torch_selfattn import nn as attention
+from torch_selfattn.nn import KVCache
 
 from .data import BEGIN, END, NUM_LETTER_IDS, NUM_PHONE_IDS, PAD
 
@@ -17,7 +24,7 @@ MAX_PHONES = 32  # the longest pronunciation in the dictionary has 28
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the network; `width` is the D in the shapes below."""
+    """Sizes of the network."""
 
     width: int = 96
     heads: int = 4
@@ -27,17 +34,8 @@ class Config:
     dropout: float = 0.0
 
 
-def feedforward(config: Config) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(config.width, config.feedforward),
-        nn.ReLU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(config.feedforward, config.width),
-    )
-
-
 class LetterConvolution(nn.Module):
-    """x + relu(conv(x)) over five letters: "ough" or "tion" before any attention."""
+    """x + relu(conv(x)) over five letters: sees "ough" or "tion" before any attention does."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,45 +45,8 @@ class LetterConvolution(nn.Module):
         return x + F.relu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
-class EncoderLayer(nn.Module):
-    """Multi-head dot-product self-attention over the letters, then a feed-forward network."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = attention.MultiHeadAttention(config.width, config.heads, config.dropout)
-        self.feedforward_norm = nn.LayerNorm(config.width)
-        self.feedforward = feedforward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), lengths))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
-
-
-class DecoderLayer(nn.Module):
-    """Causal self-attention over the phones so far, additive attention to the letters."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = attention.MultiHeadAttention(config.width, config.heads, config.dropout)
-        self.letters_norm = nn.LayerNorm(config.width)
-        self.letters_attention = attention.AdditiveAttention(config.width)
-        self.letters_output = nn.Linear(config.width, config.width)
-        self.feedforward_norm = nn.LayerNorm(config.width)
-        self.feedforward = feedforward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, memory: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.dropout(self.attention(self.attention_norm(x), None, True))
-        y, alignment = self.letters_attention(self.letters_norm(x), memory, lengths)
-        x = x + self.dropout(self.letters_output(y))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x))), alignment
-
-
 class GreedyDecoder(nn.Module):
-    """The decoding loop around an `encode` and a `decode` that a subclass provides."""
+    """The decoding loop around a `start` and a `step` that a subclass provides."""
 
     # TorchScript sees constants of a class, not of a file.
     pad: Final[int] = PAD
@@ -94,19 +55,26 @@ class GreedyDecoder(nn.Module):
     max_phones: Final[int] = MAX_PHONES
 
     def greedy(self, letters: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest phone at each step, until every word has ended: ids (B, T), (B, T, L)."""
-        memory = self.encode(letters, lengths)
-        phones = torch.full([letters.size(0), 1], self.begin, device=letters.device)
-        ended = torch.zeros(letters.size(0), dtype=torch.bool, device=letters.device)
-        alignment = torch.empty(0)
+        """The likeliest phone at each step, until every word has ended.
+
+        letters (B, L), lengths (B) -> phone ids (B, T), attention over the letters (B, T, L).
+        """
+        caches = self.start(letters, lengths)
+        phone = torch.full_like(lengths, self.begin)
+        position = torch.zeros_like(lengths)
+        ended = torch.zeros_like(lengths, dtype=torch.bool)
+        phones: list[Tensor] = []
+        alignment: list[Tensor] = []
         for _ in range(self.max_phones):
-            logits, alignment = self.decode(phones, memory, lengths)
-            following = logits[:, -1].argmax(dim=-1).masked_fill(ended, self.pad)
-            phones = torch.cat([phones, following.unsqueeze(1)], dim=1)
-            ended = ended | (following == self.end)
+            logits, weights = self.step(phone, position, caches, lengths)
+            phone = logits.argmax(dim=-1).masked_fill(ended, self.pad)
+            phones.append(phone)
+            alignment.append(weights)
+            position = position + 1
+            ended = ended | (phone == self.end)
             if bool(ended.all()):
                 break
-        return phones[:, 1:], alignment
+        return torch.stack(phones, dim=1), torch.stack(alignment, dim=1)
 
 
 class Pronouncer(GreedyDecoder):
@@ -114,35 +82,62 @@ class Pronouncer(GreedyDecoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.letters = nn.Embedding(NUM_LETTER_IDS, config.width, padding_idx=PAD)
-        self.convolution = LetterConvolution(config.width)
-        self.position = attention.SinusoidalPositionalEncoding(config.width, 0.5)
-        self.encoder = nn.ModuleList([EncoderLayer(config) for _ in range(config.encoder_layers)])
-        self.encoder_norm = nn.LayerNorm(config.width)
-        self.phones = nn.Embedding(NUM_PHONE_IDS, config.width)
-        self.decoder = nn.ModuleList([DecoderLayer(config) for _ in range(config.decoder_layers)])
-        self.decoder_norm = nn.LayerNorm(config.width)
-        self.output = nn.Linear(config.width, NUM_PHONE_IDS)
-        self.dropout = nn.Dropout(config.dropout)
+        width, dropout = config.width, config.dropout
+        self.letters = nn.Embedding(NUM_LETTER_IDS, width, padding_idx=PAD)
+        self.convolution = LetterConvolution(width)
+        self.phones = nn.Embedding(NUM_PHONE_IDS, width)
+        self.position = attention.SinusoidalPositionalEncoding(scale=0.5, dropout=dropout)
+        self.encoder = attention.TransformerEncoder(
+            attention.TransformerEncoderLayer(
+                width,
+                config.heads,
+                config.feedforward,
+                dropout,
+                batch_first=True,
+                norm_first=True,
+            ),
+            config.encoder_layers,
+            norm=nn.LayerNorm(width),
+        )
+        self.decoder = attention.TransformerDecoder(
+            attention.TransformerDecoderLayer(
+                width,
+                config.heads,
+                config.feedforward,
+                dropout,
+                batch_first=True,
+                norm_first=True,
+                cross_score="additive",
+                cross_nhead=1,
+            ),
+            config.decoder_layers,
+            norm=nn.LayerNorm(width),
+        )
+        self.output = nn.Linear(width, NUM_PHONE_IDS)
 
     def encode(self, letters: Tensor, lengths: Tensor) -> Tensor:
         """Letter ids (B, L) -> what the decoder attends to (B, L, D)."""
-        x = self.dropout(self.position(self.convolution(self.letters(letters))))
-        for layer in self.encoder:
-            x = layer(x, lengths)
-        return self.encoder_norm(x)
-
-    def decode(self, phones: Tensor, memory: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Phone ids so far (B, T) -> logits of the next (B, T, P) and attention (B, T, L)."""
-        x = self.dropout(self.position(self.phones(phones)))
-        alignment = torch.empty(0)
-        for layer in self.decoder:
-            x, alignment = layer(x, memory, lengths)
-        return self.output(self.decoder_norm(x)), alignment
+        x = self.position(self.convolution(self.letters(letters)))
+        return self.encoder(x, key_lengths=lengths)
 
     def forward(self, letters: Tensor, lengths: Tensor, phones: Tensor) -> Tensor:
-        """Logits (B, T, P) of every phone given the ones before it, for training."""
-        return self.decode(phones, self.encode(letters, lengths), lengths)[0]
+        """Logits (B, T, P) of the phone that follows each phone, all in parallel, for training."""
+        memory = self.encode(letters, lengths)
+        x = self.position(self.phones(phones))
+        x = self.decoder(x, memory, tgt_is_causal=True, memory_lengths=lengths)
+        return self.output(x)
+
+    def start(self, letters: Tensor, lengths: Tensor) -> list[KVCache]:
+        """Encodes the words; the caches hold the letters' keys and values, and no phone yet."""
+        return self.decoder.new_cache(self.encode(letters, lengths), self.max_phones)
+
+    def step(
+        self, phone: Tensor, position: Tensor, caches: list[KVCache], lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One phone (B) at its position (B) -> logits of the next (B, P), attention (B, L)."""
+        x = self.position(self.phones(phone).unsqueeze(1), positions=position.unsqueeze(1))
+        y, weights = self.decoder.decode_with_weights(x, caches, position, lengths)
+        return self.output(y.squeeze(1)), weights[-1, :, 0, 0]
 
     @staticmethod
     def load(checkpoint: Path) -> "Pronouncer":

@@ -1,6 +1,6 @@
 """Pronounces words with an exported TorchScript model, or with a checkpoint of train.py.
 
-    python -m examples.pronounce.pronounce examples/pronounce/runs/default/pronounce.pt knight
+    python -m examples.pronounce.say examples/pronounce/runs/default/pronounce.pt knight
 
 The C++ program in cpp/ does the same without Python.
 """
