@@ -34,7 +34,7 @@ def compare(model: Pronouncer, folder: Path, program: Path, words: list[str]) ->
     """How many words each exported form pronounces differently from the eager model."""
     eager = phones_of(evaluate.pronounce_words(model.greedy, words))
     script = export.load_torchscript(folder / "pronounce.pt")
-    compiled = export.CompiledPronouncer(folder)
+    compiled = export.load_aoti(folder)
     with torch.inference_mode():
         others: dict[str, Phones] = {
             "TorchScript": {word: script(word)[0] for word in words},

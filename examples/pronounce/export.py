@@ -9,10 +9,13 @@ writes beside the checkpoint
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from torch_selfattn.nn import KVCache
 
 from .data import LETTER_ID, PHONES, letter_ids
@@ -57,6 +60,8 @@ def load_torchscript(path: Path) -> torch.jit.ScriptModule:
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
         return torch.jit.load(str(path))
 
+
+Program = Callable[..., Any]
 
 # A compiled package takes and gives tensors; a list of caches travels as a flat list of them.
 CACHE_TENSORS = len(KVCache._fields)
@@ -132,15 +137,12 @@ def export_aoti(model: Pronouncer, folder: Path) -> None:
 
 
 class CompiledPronouncer(GreedyDecoder):
-    """The same greedy loop around the two compiled halves."""
+    """The same greedy loop around the two exported halves."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, start: Program, step: Program) -> None:
         super().__init__()
-        for name in ("start.pt2", "step.pt2"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"no AOTInductor package at {folder / name}")
-        self.start_program = torch._inductor.aoti_load_package(str(folder / "start.pt2"))
-        self.step_program = torch._inductor.aoti_load_package(str(folder / "step.pt2"))
+        self.start_program = start
+        self.step_program = step
 
     def start(self, letters: Tensor, lengths: Tensor) -> list[KVCache]:
         return unflatten(self.start_program(letters, lengths))
@@ -150,6 +152,18 @@ class CompiledPronouncer(GreedyDecoder):
     ) -> tuple[Tensor, Tensor]:
         logits, weights = self.step_program(phone, position, flatten(caches), lengths)
         return logits, weights
+
+
+def load_aoti(folder: Path) -> CompiledPronouncer:
+    for name in ("start.pt2", "step.pt2"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no AOTInductor package at {folder / name}: run export.py first"
+            )
+    start, step = (
+        torch._inductor.aoti_load_package(str(folder / f"{name}.pt2")) for name in ("start", "step")
+    )
+    return CompiledPronouncer(start, step)
 
 
 def main() -> None:

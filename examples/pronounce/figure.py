@@ -22,7 +22,7 @@ WORDS = ("knightsbridge", "forethought", "phosphorescent", "chronicle")
 
 def draw_alignment(axes: plt.Axes, word: str, item: Pronounced) -> matplotlib.image.AxesImage:
     """One panel: letters from left to right, phones from top to bottom."""
-    image = axes.imshow(item.alignment, cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+    image = axes.imshow(item.alignment.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
     axes.set_xticks(range(len(word)), list(word), fontsize=11)
     axes.set_yticks(range(len(item.phones)), item.phones, fontsize=9, family="monospace")
     axes.xaxis.tick_top()

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from torch_selfattn import nn as attention
 from torch_selfattn.nn import KVCache
 
@@ -67,7 +68,9 @@ class GreedyDecoder(nn.Module):
         alignment: list[Tensor] = []
         for _ in range(self.max_phones):
             logits, weights = self.step(phone, position, caches, lengths)
-            phone = logits.argmax(dim=-1).masked_fill(ended, self.pad)
+            # END or a phone, never PAD or BEGIN, which come before END.
+            phone = logits[:, self.end :].argmax(dim=-1) + self.end
+            phone = phone.masked_fill(ended, self.pad)
             phones.append(phone)
             alignment.append(weights)
             position = position + 1

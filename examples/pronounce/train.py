@@ -9,16 +9,16 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import PAD, TrainingSet, load_dictionary, split_dictionary, subset
+from .data import PAD, Batch, Dictionary, TrainingSet, load_dictionary, split_dictionary, subset
 from .evaluate import pronounce_words, total_score
 from .model import Config, Pronouncer
 
@@ -99,14 +99,15 @@ class Trainer:
     def finished(self) -> bool:
         return self.step >= self.total_steps
 
-    def train_step(self, letters: Any, letter_lengths: Any, phones: Any) -> torch.Tensor:
+    def train_step(self, batch: Batch) -> Tensor:
         """One update; returns the loss of the batch, in nats per phone."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step, self.total_steps)
-        logits = self.model(letters, letter_lengths, phones[:, :-1])
+        batch = batch.to(self.device)
+        logits = self.model(batch.letters, batch.letter_lengths, batch.phones[:, :-1])
         loss = F.cross_entropy(
             logits.flatten(0, 1),
-            phones[:, 1:].flatten(),
+            batch.phones[:, 1:].flatten(),
             ignore_index=PAD,
             label_smoothing=self.recipe.label_smoothing,
         )
@@ -148,15 +149,15 @@ class Trainer:
         self.step = state["step"]
         torch.set_rng_state(state["random_state"])
 
-    def batches(self, epoch: int, first_batch: int) -> Any:
+    def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
         return self.training_set.epoch(self.recipe.batch_size, generator, first_batch)
 
 
-def train(trainer: Trainer, checkpoint: Path, dev_words: dict[str, list[Any]]) -> bool:
+def train(trainer: Trainer, checkpoint: Path, dev_words: Dictionary) -> bool:
     """Trains to the end or to Ctrl-C; either way the checkpoint is written. True at the end."""
     trainer.model.train()
-    average = None  # of the loss, over about the last 100 steps
+    average: Tensor | None = None  # of the loss, over about the last 100 steps
     with (
         StopRequest() as stop,
         tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", mininterval=0.5) as bar,
@@ -165,8 +166,7 @@ def train(trainer: Trainer, checkpoint: Path, dev_words: dict[str, list[Any]]) -
             epoch, first_batch = divmod(trainer.step, trainer.steps_per_epoch)
             bar.set_description(f"epoch {epoch + 1}/{trainer.recipe.epochs}")
             for batch in trainer.batches(epoch, first_batch):
-                batch = batch.to(trainer.device)
-                loss = trainer.train_step(batch.letters, batch.letter_lengths, batch.phones)
+                loss = trainer.train_step(batch)
                 average = loss if average is None else average.lerp(loss, 0.01)
                 if trainer.step % 20 == 0:
                     bar.set_postfix(loss=f"{float(average):.3f}", refresh=False)
