@@ -31,7 +31,7 @@ else
   endif
   # PY's scripts may be shims; ID names its torch.
   ID := $(shell $(PY) -c 'import sys; from importlib.metadata import version; \
-          print(f"torch-{version(\"torch\")}-py{sys.version_info[0]}.{sys.version_info[1]}")' \
+          print("torch-%s-py%d.%d" % (version("torch"), *sys.version_info[:2]))' \
           2> /dev/null || echo torch-missing)
   ENVIRONMENT := build/$(ID)/environment
 endif
@@ -61,11 +61,12 @@ help: ## list the targets
 
 .PHONY: demo
 demo: build $(DEMO_ENVIRONMENT) ## train, evaluate, export and run the pronunciation model (about 10 minutes)
-	@$(RUN) -m examples.pronounce.demo $(ARGS)
+	@# From examples/: `python -m` puts the current folder first in the path, as in run_tests.sh.
+	@cd examples && $(RUN) -m pronounce.demo $(ARGS)
 
 .PHONY: demo-full
 demo-full: build $(DEMO_ENVIRONMENT) ## the same, trained longer (about an hour on 2 cores; resumable)
-	@$(RUN) -m examples.pronounce.demo --recipe full $(ARGS)
+	@cd examples && $(RUN) -m pronounce.demo --recipe full $(ARGS)
 
 .PHONY: bench
 bench: build ## measure against PyTorch; ARGS="--op … --set …" chooses
