@@ -174,6 +174,7 @@ def main() -> int:
         "clang-format": clang_format,
         "rules": source_rules,
         "shell": shell_syntax,
+        "docs": lambda: run(sys.executable, "tools/check_docs.py"),
         "mypy": lambda: tool("mypy", "--no-error-summary"),
         "clang-tidy": lambda: clang_tidy(options.build, options.all_tidy),
     }

@@ -9,11 +9,23 @@ jobs=$4
 shift 4
 root=$(cd "$(dirname "$0")/.." && pwd)
 
+# Paths among the arguments are relative to the checkout.
+arguments=()
+paths=()
+for argument in "$@"; do
+  if [[ -e $root/${argument%%::*} ]]; then
+    paths+=("$root/$argument")
+  else
+    arguments+=("$argument")
+  fi
+done
+[[ ${#paths[@]} -eq 0 ]] && paths=("$root/tests/python")
+
 # From the build folder: `python -m` puts the current folder first in the path, and the checkout's
 # package may be built for another torch.
 cd "$build" || exit 1
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -n "$jobs" --durations=10 \
-  "${@:-$root/tests/python}" 2>&1 | tee pytest.log
+  "${arguments[@]}" "${paths[@]}" 2>&1 | tee pytest.log
 pytest_status=$?
 ctest -j "$jobs" --output-on-failure --no-tests=error 2>&1 | tee ctest.log
 ctest_status=$?
