@@ -48,6 +48,7 @@ endif
 PREFIX := $(PYTHONPATH_DIR)/torch_selfattn
 # From there: `python -m` puts the current folder first in the path.
 RUN := cd $(PYTHONPATH_DIR) && PYTHONPATH=$(PYTHONPATH_DIR) $(PY)
+DEMO := cd $(PYTHONPATH_DIR)/examples && PYTHONPATH=$(PYTHONPATH_DIR) $(PY) -m pronounce.demo
 
 CPP_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
@@ -61,12 +62,11 @@ help: ## list the targets
 
 .PHONY: demo
 demo: build $(DEMO_ENVIRONMENT) ## train, evaluate, export and run the pronunciation model (about 10 minutes)
-	@# From examples/: `python -m` puts the current folder first in the path, as in run_tests.sh.
-	@cd examples && $(RUN) -m pronounce.demo $(ARGS)
+	@$(DEMO) $(ARGS)
 
 .PHONY: demo-full
 demo-full: build $(DEMO_ENVIRONMENT) ## the same, trained longer (about an hour on 2 cores; resumable)
-	@cd examples && $(RUN) -m pronounce.demo --recipe full $(ARGS)
+	@$(DEMO) --recipe full $(ARGS)
 
 .PHONY: bench
 bench: build ## measure against PyTorch; ARGS="--op … --set …" chooses
