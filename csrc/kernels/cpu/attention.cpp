@@ -3,11 +3,43 @@
 #include "kernels/common/reference.h"
 
 namespace torch_selfattn::kernels::cpu {
+
+// One file per instruction set: attention_<name>.cpp.
+void attention_forward_generic(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_generic(const AttentionBackward& call, const Parallel& parallel);
+#if defined(__x86_64__)
+void attention_forward_avx2(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_avx2(const AttentionBackward& call, const Parallel& parallel);
+void attention_forward_avx512(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_avx512(const AttentionBackward& call, const Parallel& parallel);
+#endif
+
 namespace {
 
 const char* always_supported(const AttentionProblem& /*problem*/) { return nullptr; }
 
+#if defined(__x86_64__)
+const char* avx2_not_supported(const AttentionProblem& /*problem*/) {
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                __builtin_cpu_supports("f16c");
+  return supported ? nullptr : "this CPU has no AVX2 with FMA";
+}
+
+const char* avx512_not_supported(const AttentionProblem& /*problem*/) {
+  static const bool supported =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return supported ? nullptr : "this CPU has no AVX-512 (F, BW, VL, DQ)";
+}
+#endif
+
 const AttentionImplementation implementations[] = {
+#if defined(__x86_64__)
+    {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512},
+    {"avx2", avx2_not_supported, attention_forward_avx2, attention_backward_avx2},
+#endif
+    {"generic", always_supported, attention_forward_generic, attention_backward_generic},
     {"reference", always_supported, reference::forward, reference::backward},
 };
 

@@ -1,0 +1,647 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/common/parallel.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/score_gradient.h"
+#include "kernels/cpu/tile.h"
+
+// Backward, one pass over the keys, deterministic, memory O(L).
+//
+// Keys are cut into blocks, blocks are dealt out to a fixed number of groups (block j to group
+// j mod groups). A task owns a key head and a group: it keeps dk and dv of one block of keys at a
+// time, walks over all blocks of queries of the heads that read it, and adds dq to a buffer of its
+// group; the groups' buffers are added in their order at the end. Per tile of queries and keys:
+//   S = scores (recomputed), dP = dO v^T, p = 2^(S - lse), G = p (f dP - delta),
+//   dv += (f p)^T dO, then dk and dq from G: five matrix products (dot product), three and a sweep
+//   over the elements (additive).
+// Tiles and inner loops are clipped to the keys that a group of query rows may see. The number of
+// groups depends on the problem only, so results do not depend on threads. A mask that is shared by
+// batches or heads gets its gradient from a fixed number of partial sums: a task then owns a subset
+// of batches and key heads (a unit) instead of one.
+// Bound: FMA (dot product), FMA and division (additive).
+//
+// If a result is not finite the task is run again carefully, as in forward.h.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <typename T, template <typename> typename GradientOf>
+class BackwardKernel {
+ public:
+  using Gradient = GradientOf<T>;
+  static constexpr int kGroupRows = Gradient::kGroupRows;
+
+  BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
+      : call_(call), p_(call.problem), parallel_(parallel) {}
+
+  void run() {
+    plan();
+    if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
+    Carver size;
+    carve(size);
+    const Scratch scratch(larger<std::int64_t>(size.used(), 64));
+    Carver carver(scratch.data());
+    carve(carver);
+
+    const std::int64_t pairs = p_.batch * p_.heads;
+    if (groups_ > 1) {
+      const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
+      parallel_.run(pairs * chunks, [&](std::int64_t t, int) {
+        prepare(t / chunks / p_.heads, t / chunks % p_.heads, t % chunks * kPrepareRows,
+                smaller((t % chunks + 1) * kPrepareRows, p_.query_length));
+      });
+    }
+    parallel_.run(batch_sets_ * head_sets_ * groups_, [&](std::int64_t t, int thread) {
+      const std::int64_t unit = t / groups_;
+      Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, t % groups_};
+      task.run();
+    });
+    if (groups_ > 1) {
+      const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
+      parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
+        reduce_grad_query(t / chunks, t % chunks * kPrepareRows,
+                          smaller((t % chunks + 1) * kPrepareRows, p_.query_length), thread);
+      });
+    }
+    if (call_.grad_weight != nullptr) reduce_grad_weight();
+    if (call_.grad_mask != nullptr) reduce_grad_mask();
+  }
+
+ private:
+  static constexpr std::int64_t kPrepareRows = 64;
+  static constexpr std::int64_t kWantedTasks = 32;
+
+  void plan() {
+    query_width_ = padded<T>(p_.head_dim);
+    value_width_ = padded<T>(p_.value_dim);
+    const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
+    block_keys_ = smaller(Gradient::kBlockKeys, larger<std::int64_t>(16384 / widest, 1));
+    block_keys_ = smaller(block_keys_, larger<std::int64_t>(p_.key_length, 1));
+    block_keys_ = round_up(block_keys_, kPanel<T>);
+    block_rows_ = Gradient::kBlockRows;
+    score_ld_ = block_keys_ + kLanes<T>;
+    blocks_ = (p_.key_length + block_keys_ - 1) / block_keys_;
+
+    batch_sets_ = p_.batch;
+    head_sets_ = p_.kv_heads;
+    wants_mask_ = call_.grad_mask != nullptr && p_.mask_kind == MaskKind::kFloat &&
+                  p_.batch * p_.heads * p_.query_length * p_.key_length > 0;
+    if (wants_mask_) {
+      const bool shared_batch = p_.mask_size[0] == 1 && p_.batch > 1;
+      const bool shared_heads = p_.mask_size[1] == 1 && p_.kv_heads > 1;
+      if (shared_batch) batch_sets_ = smaller<std::int64_t>(p_.batch, 4);
+      if (shared_heads) head_sets_ = smaller<std::int64_t>(p_.kv_heads, shared_batch ? 2 : 4);
+      mask_parts_[0] = shared_batch ? batch_sets_ : 1;
+      mask_parts_[1] = shared_heads ? head_sets_ : 1;
+      mask_elements_ = 1;
+      for (int dim = 3; dim >= 0; --dim) {
+        mask_stride_[dim] = p_.mask_size[dim] == 1 ? 0 : mask_elements_;
+        mask_elements_ *= p_.mask_size[dim];
+      }
+    }
+    const std::int64_t units = larger<std::int64_t>(batch_sets_ * head_sets_, 1);
+    groups_ = smaller(blocks_ / 4, (kWantedTasks + units - 1) / units);
+    groups_ = larger<std::int64_t>(groups_, 1);
+    mask_parts_[2] = wants_mask_ && p_.mask_size[3] == 1 ? groups_ : 1;
+    mask_direct_ =
+        mask_parts_[0] * mask_parts_[1] * mask_parts_[2] == 1 && p_.mask_dtype == dtype_of<T>();
+
+    copy_query_ = rows_in_place<T>(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
+    copy_grad_out_ =
+        rows_in_place<T>(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
+    grad_query_in_place_ = groups_ == 1 && p_.dtype == dtype_of<T>() &&
+                           call_.grad_query.stride[3] == 1 && p_.head_dim % kLanes<T> == 0;
+  }
+
+  void carve(Carver& carver) {
+    const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
+    delta_ = carver.take<T>(rows);
+    lse_ = carver.take<T>(rows);
+    huge_ = carver.take<char>(rows);
+    if (copy_query_) query_ = carver.take<T>(rows * query_width_);
+    if (copy_grad_out_) grad_out_ = carver.take<T>(rows * value_width_);
+    if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
+    if (Gradient::kHasWeight) {
+      weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
+    }
+    if (wants_mask_) {
+      mask_ = static_cast<T*>(call_.grad_mask);
+      if (!mask_direct_) {
+        mask_ = carver.take<T>(mask_parts_[0] * mask_parts_[1] * mask_parts_[2] * mask_elements_);
+      }
+    }
+    threads_ = carver.used();
+    base_ = carver.base();
+    thread_bytes_ = Buffers(*this, Carver()).bytes;
+    carver.take<char>(thread_bytes_ * larger(parallel_.threads, 1));
+  }
+  std::int64_t weight_size() const { return query_width_ + 1; }  // sum G r, then sum G
+
+  struct Buffers {
+    Buffers(const BackwardKernel& k, Carver carver) {
+      using Score = typename Gradient::Score;
+      const std::int64_t head_dim = k.p_.head_dim;
+      constants = carver.take<T>(Score::constants_size(head_dim));
+      spare = carver.take<T>(Score::spare_size(head_dim, k.block_rows_));
+      gradient = carver.take<T>(Gradient::buffer_size(head_dim));
+      queries = carver.take<T>(k.block_rows_ * Gradient::query_size(head_dim));
+      key_panels = carver.take<T>(k.block_keys_ * head_dim);
+      bounds = carver.take<T>(k.block_keys_ / kPanel<T>);
+      value_panels = carver.take<T>(k.block_keys_ * k.p_.value_dim);
+      weights = carver.take<T>(k.block_rows_ * k.score_ld_);
+      grad_scores = carver.take<T>(k.block_rows_ * k.score_ld_);
+      row = carver.take<T>(k.score_ld_);
+      grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
+      grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
+      grad_value = carver.take<T>(k.block_keys_ * k.value_width_);
+      factors = carver.take<T>(k.query_width_);
+      ranges = carver.take<RowRanges>(1);
+      tile = carver.take<TileRanges>(1);
+      bytes = carver.used();
+    }
+    T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
+    T *weights, *grad_scores, *row, *grad_key, *grad_key_head, *grad_value, *factors;
+    RowRanges* ranges;
+    TileRanges* tile;
+    std::int64_t bytes;
+  };
+  Buffers buffers(int thread) const {
+    return Buffers(*this, Carver(base_ + threads_ + thread * thread_bytes_));
+  }
+
+  std::int64_t first_row(std::int64_t b, std::int64_t h) const {
+    return (b * p_.heads + h) * p_.query_length;
+  }
+
+  // delta, lse in log2, and copies of what cannot be read in place, of rows [begin, end).
+  void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t row0 = first_row(b, h);
+    const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
+    const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
+    if (copy_query_) {
+      copy_rows(rows_of(p_.dtype, p_.query, b, h, p_.head_dim), begin, end - begin,
+                query_ + (row0 + begin) * query_width_);
+    }
+    if (copy_grad_out_)
+      copy_rows(grad, begin, end - begin, grad_out_ + (row0 + begin) * value_width_);
+    for (std::int64_t i = begin; i < end; ++i) {
+      Vec<T> sum{};
+      for (std::int64_t d = 0; d < p_.value_dim; d += kLanes<T>) {
+        const std::int64_t n = smaller<std::int64_t>(kLanes<T>, p_.value_dim - d);
+        sum = fma(load_part(out, i, d, n), load_part(grad, i, d, n), sum);
+      }
+      T delta = sum_lanes<T>(sum);
+      if (call_.grad_lse != nullptr) delta -= static_cast<const T*>(call_.grad_lse)[row0 + i];
+      const T lse = static_cast<const T*>(call_.lse)[row0 + i];
+      delta_[row0 + i] = delta;
+      lse_[row0 + i] = lse * Math<T>::log2e;
+      // Beyond this the rounding of the lse is too much of an error in its exponential.
+      constexpr T limit = sizeof(T) == 8 ? T(0x1p40) : T(0x1p13);
+      huge_[row0 + i] = lse > limit || (lse < -limit && lse != -infinity<T>());
+    }
+  }
+  // Elements [d, d + n) of a row, zeros behind.
+  static Vec<T> load_part(const Rows& rows, std::int64_t i, std::int64_t d, std::int64_t n) {
+    if (rows.dtype == dtype_of<T>() && rows.element_stride == 1) {
+      return load_up_to(static_cast<const T*>(rows.data) + rows.at(i) + d, n);
+    }
+    T widened[kLanes<T>] = {};
+    load_row(rows.dtype, rows.data, rows.at(i) + d * rows.element_stride, rows.element_stride, n,
+             widened);
+    return load(widened);
+  }
+
+  // Rows of a head, as the products read them: where they are, or the copy.
+  struct Matrix {
+    const T* data;
+    std::int64_t ld;
+  };
+  Matrix query_matrix(std::int64_t b, std::int64_t h) const {
+    if (copy_query_) return {query_ + first_row(b, h) * query_width_, query_width_};
+    const Rows rows = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
+    return {rows_in_place<T>(rows), rows.row_stride};
+  }
+  Matrix grad_out_matrix(std::int64_t b, std::int64_t h) const {
+    if (copy_grad_out_) return {grad_out_ + first_row(b, h) * value_width_, value_width_};
+    const Rows rows = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
+    return {rows_in_place<T>(rows), rows.row_stride};
+  }
+  struct MutableMatrix {
+    T* data;
+    std::int64_t ld;
+  };
+  MutableMatrix grad_query_matrix(std::int64_t b, std::int64_t h, std::int64_t group) const {
+    if (grad_query_in_place_) {
+      const View& view = call_.grad_query;
+      return {static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1], view.stride[2]};
+    }
+    const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
+    return {grad_query_ + (group * rows + first_row(b, h)) * query_width_, query_width_};
+  }
+
+  struct Task {
+    const BackwardKernel& k;
+    Buffers buffer;
+    std::int64_t batch_set, head_set, group;
+
+    // The batches or key heads of a set: [begin, end).
+    static KeyRange members(std::int64_t set, std::int64_t sets, std::int64_t n) {
+      return {set * n / sets, (set + 1) * n / sets};
+    }
+
+    void run() {
+      const AttentionProblem& p = k.p_;
+      const KeyRange batches = members(batch_set, k.batch_sets_, p.batch);
+      const KeyRange heads = members(head_set, k.head_sets_, p.kv_heads);
+      const std::int64_t per_head = p.group_size();
+      bool careful = false;
+      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+        for (std::int64_t h = heads.begin * per_head; h < heads.end * per_head; ++h) {
+          if (k.groups_ == 1) k.prepare(b, h, 0, p.query_length);
+          const char* const huge = k.huge_ + k.first_row(b, h);
+          for (std::int64_t i = 0; i < p.query_length; ++i) careful = careful || huge[i] != 0;
+        }
+      }
+      if (!careful) careful = !run_unit(batches, heads, Zeros::kMultiply);
+      if (careful) run_unit(batches, heads, Zeros::kSkip);
+    }
+
+    // False if a result is not finite.
+    bool run_unit(KeyRange batches, KeyRange heads, Zeros zeros) {
+      if (k.wants_mask_) clear_mask(batches, heads);
+      bool finite = true;
+      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+        for (std::int64_t hk = heads.begin; hk < heads.end; ++hk) {
+          finite = run_head(b, hk, zeros) && finite;
+        }
+      }
+      return finite;
+    }
+
+    bool run_head(std::int64_t b, std::int64_t hk, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
+      const std::int64_t per_head = p.group_size();
+      for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
+        const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+        for (std::int64_t i = 0; i < p.query_length; ++i)
+          fill_zero(dq.data + i * dq.ld, k.query_width_);
+        if (Gradient::kHasWeight) {
+          double* const sums = weight_sums(b, h);
+          for (std::int64_t d = 0; d < k.weight_size(); ++d) sums[d] = 0.0;
+        }
+      }
+      Vec<T> check{};
+      Gradient gradient(p, buffer.constants, buffer.spare, buffer.gradient);
+      for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
+        const std::int64_t first = n * k.block_keys_;
+        const std::int64_t keys = smaller(k.block_keys_, p.key_length - first);
+        pack_panels(rows_of(p.dtype, p.value, b, hk, p.value_dim), first, keys, buffer.value_panels,
+                    Unchanged<T>{});
+        fill_zero(buffer.grad_key, keys * k.query_width_);
+        fill_zero(buffer.grad_value, keys * k.value_width_);
+        for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
+          gradient.set_head(b, h);
+          if (h == hk * per_head || Gradient::Score::kKeysPerQueryHead) {
+            gradient.load_keys(b, hk, first, keys, buffer.key_panels, buffer.bounds);
+          }
+          fill_zero(buffer.grad_key_head, keys * k.query_width_);
+          for (std::int64_t i = 0; i < p.query_length; i += k.block_rows_) {
+            run_tile(gradient, b, h, i, first, keys, zeros);
+          }
+          load_factors(gradient);
+          for (std::int64_t j = 0; j < keys; ++j) {
+            T* const dk = buffer.grad_key + j * k.query_width_;
+            const T* const dk_head = buffer.grad_key_head + j * k.query_width_;
+            for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
+              const Vec<T> sum = fma(load(dk_head + d), load(buffer.factors + d), load(dk + d));
+              check += sum - sum;
+              store(dk + d, sum);
+            }
+          }
+        }
+        for (std::int64_t j = 0; j < keys; ++j) {
+          const T* const dv = buffer.grad_value + j * k.value_width_;
+          for (std::int64_t d = 0; d < k.value_width_; d += kLanes<T>) {
+            check += load(dv + d) - load(dv + d);
+          }
+          write_row(k.call_.grad_key, b, hk, first + j, p.head_dim,
+                    buffer.grad_key + j * k.query_width_);
+          write_row(k.call_.grad_value, b, hk, first + j, p.value_dim, dv);
+        }
+      }
+      for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
+        gradient.set_head(b, h);
+        load_factors(gradient);
+        const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+        for (std::int64_t i = 0; i < p.query_length; ++i) {
+          T* const row = dq.data + i * dq.ld;
+          for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
+            const Vec<T> x = load(row + d) * load(buffer.factors + d);
+            check += x - x;
+            store(row + d, x);
+          }
+          if (k.groups_ == 1 && !k.grad_query_in_place_) {
+            write_row(k.call_.grad_query, b, h, i, p.head_dim, row);
+          }
+        }
+        finish_weight(gradient, b, h);
+      }
+      return sum_lanes<T>(check) == T(0);
+    }
+
+    double* weight_sums(std::int64_t b, std::int64_t h) const {
+      return k.weight_sums_ + ((b * k.p_.heads + h) * k.groups_ + group) * k.weight_size();
+    }
+    void load_factors(const Gradient& gradient) const {
+      for (std::int64_t d = 0; d < k.query_width_; ++d) {
+        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor(d) : T(0);
+      }
+    }
+    // The sums become this group's part of dw of the head.
+    void finish_weight(const Gradient& gradient, std::int64_t b, std::int64_t h) const {
+      if constexpr (Gradient::kHasWeight) {
+        double* const sums = weight_sums(b, h);
+        const double total = sums[k.query_width_];
+        for (std::int64_t d = 0; d < k.p_.head_dim; ++d) {
+          sums[d] = gradient.weight_factor(d) * (total - 2.0 * sums[d]);
+        }
+      }
+    }
+    void write_row(const View& view, std::int64_t b, std::int64_t h, std::int64_t l, std::int64_t n,
+                   const T* from) const {
+      store_row(k.p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + l * view.stride[2],
+                view.stride[3], n, from);
+    }
+
+    void run_tile(Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i0,
+                  std::int64_t first, std::int64_t keys, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
+      const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
+      RowRanges& ranges = *buffer.ranges;
+      ranges.compute(p, b, i0, rows, {first, first + keys});
+      if (ranges.all.begin >= ranges.all.end) return;
+      TileRanges& tile = *buffer.tile;
+      tile.template compute<kGroupRows>(ranges, rows, first, keys);
+
+      const Matrix query = k.query_matrix(b, h);
+      const Matrix grad_out = k.grad_out_matrix(b, h);
+      const T* const grad_out_rows = grad_out.data + i0 * grad_out.ld;
+      gradient.load_queries(b, h, i0, rows, query.data + i0 * query.ld, query.ld, buffer.queries);
+      for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+          if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
+          const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
+          const std::int64_t at = r * k.score_ld_ + u;
+          gradient.scores(r, n, buffer.key_panels + u * p.head_dim, buffer.bounds[u / kPanel<T>],
+                          first + u, buffer.weights + at, k.score_ld_);
+          multiply_rows<T, 2, false, true>(n, grad_out_rows + r * grad_out.ld, grad_out.ld,
+                                           buffer.value_panels + u * p.value_dim, kPanel<T>,
+                                           p.value_dim, buffer.grad_scores + at, k.score_ld_);
+        }
+      }
+      double total = 0.0;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t g = r / kGroupRows;
+        if (!tile.group_is_empty(g)) total += softmax_row(b, h, i0 + r, r, g, first, zeros);
+      }
+      add_transposed<T, kGroupRows>(tile, rows, keys, zeros, buffer.weights, k.score_ld_,
+                                    grad_out_rows, grad_out.ld, buffer.grad_value, k.value_width_);
+      const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+      GradientTile<T> work;
+      work.ranges = &tile;
+      work.rows = rows;
+      work.keys = keys;
+      work.gradient = buffer.grad_scores;
+      work.ld = k.score_ld_;
+      work.query = query.data + i0 * query.ld;
+      work.query_ld = query.ld;
+      work.grad_query = dq.data + i0 * dq.ld;
+      work.grad_query_ld = dq.ld;
+      work.grad_key = buffer.grad_key_head;
+      work.zeros = zeros;
+      double* const sums = Gradient::kHasWeight ? weight_sums(b, h) : nullptr;
+      gradient.accumulate(work, first, buffer.bounds, sums);
+      if (Gradient::kHasWeight) sums[k.query_width_] += total;
+    }
+
+    // Row r of the tile: scores and dP become f p and G; 0 for keys that the row may not see, in
+    // all panels that its group has touched. Returns sum G.
+    T softmax_row(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t r, std::int64_t g,
+                  std::int64_t first, Zeros zeros) {
+      constexpr int lanes = kLanes<T>;
+      const AttentionProblem& p = k.p_;
+      const TileRanges& tile = *buffer.tile;
+      const std::int64_t panels_begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
+      const std::int64_t panels_end = round_up(tile.group_end[g], kPanel<T>);
+      T* const weights = buffer.weights + r * k.score_ld_;
+      T* const grads = buffer.grad_scores + r * k.score_ld_;
+      const std::int64_t row = k.first_row(b, h) + i;
+      const T lse = k.lse_[row];
+      if (tile.row_is_empty(r) || lse == -infinity<T>()) {
+        fill_zero(weights + panels_begin, panels_end - panels_begin);
+        fill_zero(grads + panels_begin, panels_end - panels_begin);
+        return T(0);
+      }
+      const std::int64_t begin = tile.begin[r];
+      const std::int64_t n = tile.end[r] - begin;
+      T* const w = weights + begin;
+      T* const x = grads + begin;
+      T shift = lse;
+      T norm = T(1);
+      if (zeros == Zeros::kSkip) {
+        if (k.huge_[row] != 0) {
+          exact_statistics(b, h, i, shift, norm);
+          for (std::int64_t j = 0; j < n; ++j) {
+            w[j] = static_cast<T>(exact_score<T>(p, b, h, i, first + begin + j));
+          }
+        } else {
+          repair_scores(p, b, h, i, first + begin, n, w);
+        }
+      }
+      if (p.mask_kind != MaskKind::kNone) {
+        load_mask_row(p, b, h, i, first + begin, n, buffer.row);
+        add_bias(buffer.row, n, w);
+      }
+      const bool drops = p.dropout_p > 0.0;
+      if (drops) load_dropout_row(p, k.dropout_, b, h, i, first + begin, n, buffer.row);
+      const Vec<T> delta = splat(k.delta_[row]);
+      Vec<T> total{};
+      for (std::int64_t j = 0; j < n; j += lanes) {
+        const std::int64_t left = n - j;
+        Vec<T> weight = exp2<T>(load_up_to(w + j, left) - splat(shift)) * splat(norm);
+        if (left < lanes) weight = first_lanes<T>(weight, left, Vec<T>{});
+        Vec<T> grad = load_up_to(x + j, left);
+        Vec<T> kept = weight;
+        if (drops) {
+          const Vec<T> factor = load_up_to(buffer.row + j, left);
+          grad = factor == Vec<T>{} ? factor : grad * factor;
+          kept *= factor;
+        }
+        grad = weight == Vec<T>{} ? Vec<T>{} : weight * (grad - delta);
+        total += grad;
+        store_up_to(w + j, kept, left);
+        store_up_to(x + j, grad, left);
+      }
+      if (k.wants_mask_) add_mask_gradient(b, h, i, first + begin, n, x);
+      fill_zero(weights + panels_begin, begin - panels_begin);
+      fill_zero(grads + panels_begin, begin - panels_begin);
+      fill_zero(weights + tile.end[r], panels_end - tile.end[r]);
+      fill_zero(grads + tile.end[r], panels_end - tile.end[r]);
+      return sum_lanes<T>(total);
+    }
+
+    // Maximum and 1 / sum of row i from scores in double, where the lse is too coarse.
+    void exact_statistics(std::int64_t b, std::int64_t h, std::int64_t i, T& maximum, T& norm) {
+      const AttentionProblem& p = k.p_;
+      const KeyRange range = key_range(p, b, i);
+      maximum = -infinity<T>();
+      T total = 0;
+      for (std::int64_t j = range.begin; j < range.end; ++j) {
+        Vec<T> score{};
+        score[0] = static_cast<T>(exact_score<T>(p, b, h, i, j));
+        if (p.mask_kind != MaskKind::kNone) {
+          T bias;
+          load_mask_row(p, b, h, i, j, 1, &bias);
+          T masked = score[0];
+          add_bias(&bias, 1, &masked);
+          score[0] = masked;
+        }
+        if (score[0] == -infinity<T>()) continue;
+        if (score[0] > maximum) {
+          total = maximum == -infinity<T>() ? T(0) : total * exp2_of(maximum - score[0]);
+          maximum = score[0];
+        }
+        total += exp2_of(score[0] - maximum);
+      }
+      norm = T(1) / total;
+    }
+
+    // This task's part of the mask's gradient.
+    T* mask_part() const {
+      std::int64_t part = k.mask_parts_[0] > 1 ? batch_set : 0;
+      part = part * k.mask_parts_[1] + (k.mask_parts_[1] > 1 ? head_set : 0);
+      part = part * k.mask_parts_[2] + (k.mask_parts_[2] > 1 ? group : 0);
+      return k.mask_ + part * k.mask_elements_;
+    }
+    void add_mask_gradient(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t key,
+                           std::int64_t n, const T* grads) const {
+      const std::int64_t (&stride)[4] = k.mask_stride_;
+      T* const to = mask_part() + b * stride[0] + h * stride[1] + i * stride[2] + key * stride[3];
+      if (stride[3] == 0) {
+        T sum = 0;
+        for (std::int64_t j = 0; j < n; ++j) sum += grads[j];
+        *to += sum;
+      } else {
+        for (std::int64_t j = 0; j < n; ++j) to[j] += grads[j];
+      }
+    }
+    void clear_mask(KeyRange batches, KeyRange heads) const {
+      const AttentionProblem& p = k.p_;
+      const std::int64_t (&stride)[4] = k.mask_stride_;
+      const std::int64_t rows = p.mask_size[2];
+      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+        for (std::int64_t h = heads.begin * p.group_size(); h < heads.end * p.group_size(); ++h) {
+          for (std::int64_t i = 0; i < rows; ++i) {
+            T* const to = mask_part() + b * stride[0] + h * stride[1] + i * stride[2];
+            if (stride[3] == 0) {
+              *to = T(0);
+              continue;
+            }
+            for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
+              const std::int64_t first = n * k.block_keys_;
+              fill_zero(to + first, smaller(k.block_keys_, p.key_length - first));
+            }
+          }
+        }
+      }
+    }
+  };
+
+  void reduce_grad_query(std::int64_t pair, std::int64_t begin, std::int64_t end,
+                         int thread) const {
+    T* const sum = buffers(thread).factors;
+    const std::int64_t b = pair / p_.heads;
+    const std::int64_t h = pair % p_.heads;
+    for (std::int64_t i = begin; i < end; ++i) {
+      for (std::int64_t d = 0; d < query_width_; d += kLanes<T>) {
+        Vec<T> total{};
+        for (std::int64_t group = 0; group < groups_; ++group) {
+          const MutableMatrix part = grad_query_matrix(b, h, group);
+          total += load(part.data + i * part.ld + d);
+        }
+        store(sum + d, total);
+      }
+      const View& view = call_.grad_query;
+      store_row(p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
+                view.stride[3], p_.head_dim, sum);
+    }
+  }
+
+  void reduce_grad_weight() const {
+    for (std::int64_t wb = 0; wb < p_.weight_size[0]; ++wb) {
+      for (std::int64_t wh = 0; wh < p_.weight_size[1]; ++wh) {
+        for (std::int64_t d = 0; d < p_.head_dim; ++d) {
+          double sum = 0.0;
+          for (std::int64_t b = 0; b < p_.batch; ++b) {
+            if (p_.weight_size[0] > 1 && b != wb) continue;
+            for (std::int64_t h = 0; h < p_.heads; ++h) {
+              if (p_.weight_size[1] > 1 && h != wh) continue;
+              for (std::int64_t group = 0; group < groups_; ++group) {
+                sum += weight_sums_[((b * p_.heads + h) * groups_ + group) * weight_size() + d];
+              }
+            }
+          }
+          const T value = static_cast<T>(sum);
+          store_row(p_.dtype, call_.grad_weight, (wb * p_.weight_size[1] + wh) * p_.head_dim + d, 1,
+                    1, &value);
+        }
+      }
+    }
+  }
+
+  void reduce_grad_mask() const {
+    if (wants_mask_ && mask_direct_) return;
+    const std::int64_t parts = mask_parts_[0] * mask_parts_[1] * mask_parts_[2];
+    const std::int64_t elements =
+        p_.mask_size[0] * p_.mask_size[1] * p_.mask_size[2] * p_.mask_size[3];
+    constexpr std::int64_t chunk = 4096;
+    parallel_.run((elements + chunk - 1) / chunk, [&](std::int64_t t, int) {
+      for (std::int64_t e = t * chunk; e < smaller((t + 1) * chunk, elements); ++e) {
+        T sum = 0;
+        if (wants_mask_) {
+          for (std::int64_t part = 0; part < parts; ++part) sum += mask_[part * elements + e];
+        }
+        store_row(p_.mask_dtype, call_.grad_mask, e, 1, 1, &sum);
+      }
+    });
+  }
+
+  const AttentionBackward& call_;
+  const AttentionProblem& p_;
+  const Parallel& parallel_;
+  Dropout dropout_;
+
+  std::int64_t query_width_ = 0, value_width_ = 0;
+  std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
+  std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
+  bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
+
+  bool wants_mask_ = false, mask_direct_ = false;
+  std::int64_t mask_parts_[3] = {1, 1, 1};  // over batches, heads, groups of keys
+  std::int64_t mask_stride_[4] = {0, 0, 0, 0};
+  std::int64_t mask_elements_ = 0;
+
+  T* delta_ = nullptr;             // [b][h][i]: sum dO O - grad_lse
+  T* lse_ = nullptr;               // [b][h][i] in units of log2
+  char* huge_ = nullptr;           // [b][h][i]
+  T* query_ = nullptr;             // [b][h][i][query_width_]
+  T* grad_out_ = nullptr;          // [b][h][i][value_width_]
+  T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
+  double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
+  T* mask_ = nullptr;              // [part][mask elements]
+  char* base_ = nullptr;
+  std::int64_t threads_ = 0, thread_bytes_ = 0;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -1,0 +1,451 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/common/parallel.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/score.h"
+#include "kernels/cpu/tile.h"
+
+// Forward, one pass over the keys, memory O(L).
+//
+// A task owns a block of up to 64 queries of one head (and a share of the keys, where there are few
+// tasks). It walks over blocks of keys: scores of the block by the score's tile (panels of packed
+// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2), mask, softmax
+// with running maximum, product with the values by the same register tile. Panels and inner loops
+// are clipped to the keys that a group of rows may see.
+// Keys are packed once per head and shared if several tasks read them, else by the task itself.
+// Tasks that share a row block merge in a fixed order, so the result does not depend on threads.
+// Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
+//
+// If a result is not finite the block is computed again carefully: scores that overflowed anew in
+// double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <typename T, template <typename> typename ScoreOf>
+class ForwardKernel {
+ public:
+  using Score = ScoreOf<T>;
+  static constexpr int kGroupRows = Score::kGroupRows;
+
+  ForwardKernel(const AttentionForward& call, const Parallel& parallel)
+      : call_(call), p_(call.problem), parallel_(parallel) {}
+
+  void run() {
+    const std::int64_t pairs = p_.batch * p_.heads;
+    if (pairs == 0 || p_.query_length == 0) return;
+    plan();
+    if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
+
+    Carver size;
+    carve(size);
+    const Scratch scratch(size.used());
+    Carver carver(scratch.data());
+    carve(carver);
+
+    if (shared_keys_) {
+      const std::int64_t heads = p_.batch * packed_heads();
+      const std::int64_t chunks = (p_.key_length + block_keys_ - 1) / block_keys_;
+      parallel_.run(heads * chunks, [&](std::int64_t t, int thread) {
+        pack_shared(t / chunks, (t % chunks) * block_keys_, thread);
+      });
+    }
+    const bool causal = p_.window_right >= 0;
+    parallel_.run(pairs * blocks_ * splits_, [&](std::int64_t t, int thread) {
+      // Causal: the last rows have the most keys, so they go first.
+      const std::int64_t split = t % splits_;
+      const std::int64_t rest = t / splits_;
+      const std::int64_t block = causal ? blocks_ - 1 - rest / pairs : rest % blocks_;
+      const std::int64_t pair = causal ? rest % pairs : rest / blocks_;
+      Task task{*this, thread, pair / p_.heads, pair % p_.heads, block * block_rows_, split};
+      task.run();
+    });
+    if (splits_ > 1) {
+      parallel_.run(pairs * p_.query_length,
+                    [&](std::int64_t row, int thread) { merge(row, thread); });
+    }
+  }
+
+ private:
+  // Sizes depend on the problem only, never on the number of threads.
+  void plan() {
+    width_ = padded<T>(p_.value_dim);
+    const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
+    const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
+    // Scores of a block and its packed keys stay within a part of L2.
+    block_keys_ = smaller<std::int64_t>(256, larger<std::int64_t>(32768 / widest, 1));
+    block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
+    score_ld_ = block_keys_ + kLanes<T>;
+    block_rows_ = smaller<std::int64_t>(p_.query_length, 64);
+    const std::int64_t pairs = p_.batch * p_.heads;
+    if (p_.query_length <= kMaxBlockRows && pairs >= 16) block_rows_ = p_.query_length;
+    blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
+    block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, kTileRows);
+    block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
+    blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
+    // Few tasks and many keys: a task takes a share of at least 512 keys.
+    const std::int64_t tasks = pairs * blocks_;
+    splits_ = smaller(keys / 512, (kWantedTasks + tasks - 1) / tasks);
+    splits_ = tasks >= kWantedTasks ? 1 : larger<std::int64_t>(splits_, 1);
+    split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
+    splits_ = (keys + split_keys_ - 1) / split_keys_;
+    shared_keys_ = p_.key_length > 0 && blocks_ * p_.heads > packed_heads();
+    copy_values_ = rows_in_place<T>(value_rows(0, 0)) == nullptr;
+  }
+
+  void carve(Carver& carver) {
+    const std::int64_t keys = round_up(p_.key_length, kPanel<T>);
+    if (shared_keys_) {
+      key_panels_ = carver.take<T>(p_.batch * packed_heads() * keys * p_.head_dim);
+      key_bounds_ = carver.take<T>(p_.batch * packed_heads() * (keys / kPanel<T>));
+      if (copy_values_) values_ = carver.take<T>(p_.batch * p_.kv_heads * keys * width_);
+    }
+    if (splits_ > 1) {
+      const std::int64_t rows = splits_ * p_.batch * p_.heads * p_.query_length;
+      partial_sum_ = carver.take<T>(rows * width_);
+      partial_max_ = carver.take<T>(rows);
+      partial_total_ = carver.take<T>(rows);
+    }
+    threads_ = carver.used();
+    base_ = carver.base();
+    Buffers one(*this, Carver(nullptr));
+    thread_bytes_ = one.bytes;
+    carver.take<char>(thread_bytes_ * larger(parallel_.threads, 1));
+  }
+
+  // What one thread works in.
+  struct Buffers {
+    Buffers(const ForwardKernel& k, Carver carver) {
+      const std::int64_t rows = k.block_rows_;
+      constants = carver.take<T>(Score::constants_size(k.p_.head_dim));
+      spare = carver.take<T>(Score::spare_size(k.p_.head_dim, rows));
+      queries = carver.take<T>(rows * Score::query_size(k.p_.head_dim));
+      scores = carver.take<T>(rows * k.score_ld_);
+      sums = carver.take<T>(rows * k.width_);
+      maximum = carver.take<T>(rows);
+      total = carver.take<T>(rows);
+      row = carver.take<T>(k.score_ld_);
+      panels = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ * k.p_.head_dim);
+      bounds = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ / kPanel<T>);
+      values = carver.take<T>(k.shared_keys_ || !k.copy_values_ ? 0 : k.block_keys_ * k.width_);
+      ranges = carver.take<RowRanges>(1);
+      tile = carver.take<TileRanges>(1);
+      bytes = carver.used();
+    }
+    T *constants, *spare, *queries, *scores, *sums, *maximum, *total, *row;
+    T *panels, *bounds, *values;
+    RowRanges* ranges;
+    TileRanges* tile;
+    std::int64_t bytes;
+  };
+  Buffers buffers(int thread) const {
+    return Buffers(*this, Carver(base_ + threads_ + thread * thread_bytes_));
+  }
+
+  std::int64_t packed_heads() const { return Score::kKeysPerQueryHead ? p_.heads : p_.kv_heads; }
+  Rows key_rows(std::int64_t b, std::int64_t hk) const {
+    return rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
+  }
+  Rows value_rows(std::int64_t b, std::int64_t hk) const {
+    return rows_of(p_.dtype, p_.value, b, hk, p_.value_dim);
+  }
+  std::int64_t padded_keys() const { return round_up(p_.key_length, kPanel<T>); }
+
+  // Keys and values from j of packed head `head` (over batch and heads).
+  void pack_shared(std::int64_t head, std::int64_t j, int thread) {
+    const Buffers buffer = buffers(thread);
+    const std::int64_t b = head / packed_heads();
+    const std::int64_t h = head % packed_heads();
+    const std::int64_t n = smaller(block_keys_, p_.key_length - j);
+    const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
+    Score score(p_, buffer.constants, buffer.spare);
+    score.set_head(b, h);
+    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * p_.head_dim,
+                    key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
+    if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
+      copy_rows(value_rows(b, hk), j, n,
+                values_ + ((b * p_.kv_heads + hk) * padded_keys() + j) * width_);
+    }
+  }
+
+  // A block of keys as the products read it.
+  struct KeyBlock {
+    std::int64_t first;
+    std::int64_t keys;
+    const T* panels;
+    const T* bounds;
+    const T* values;
+    std::int64_t value_ld;
+  };
+
+  struct Task {
+    const ForwardKernel& k;
+    int thread;
+    std::int64_t b, h, i0, split;
+
+    void run() {
+      const AttentionProblem& p = k.p_;
+      Buffers buffer = k.buffers(thread);
+      const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
+      const KeyRange keys = {split * k.split_keys_,
+                             smaller((split + 1) * k.split_keys_, p.key_length)};
+      buffer.ranges->compute(p, b, i0, rows, keys);
+      Score score(p, buffer.constants, buffer.spare);
+      score.set_head(b, h);
+      score.load_queries(b, h, i0, rows, buffer.queries);
+      attend(buffer, score, rows, Zeros::kMultiply);
+      if (!finish(buffer, rows)) {
+        attend(buffer, score, rows, Zeros::kSkip);
+        finish(buffer, rows);
+      }
+    }
+
+    KeyBlock key_block(const Buffers& buffer, const Score& score, std::int64_t first,
+                       std::int64_t keys) const {
+      const AttentionProblem& p = k.p_;
+      const std::int64_t hk = h / p.group_size();
+      KeyBlock block{first, keys, nullptr, nullptr, nullptr, k.width_};
+      const Rows value = k.value_rows(b, hk);
+      if (!k.copy_values_) {
+        block.value_ld = value.row_stride;
+        block.values = rows_in_place<T>(value) + first * value.row_stride;
+      }
+      if (k.shared_keys_) {
+        const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h : hk);
+        block.panels = k.key_panels_ + (head * k.padded_keys() + first) * p.head_dim;
+        block.bounds = k.key_bounds_ + (head * k.padded_keys() + first) / kPanel<T>;
+        if (k.copy_values_) {
+          block.values = k.values_ + ((b * p.kv_heads + hk) * k.padded_keys() + first) * k.width_;
+        }
+      } else {
+        score.pack_keys(k.key_rows(b, hk), first, keys, buffer.panels, buffer.bounds);
+        block.panels = buffer.panels;
+        block.bounds = buffer.bounds;
+        if (k.copy_values_) {
+          copy_rows(value, first, keys, buffer.values);
+          block.values = buffer.values;
+        }
+      }
+      return block;
+    }
+
+    // Sums over all keys of the task: buffer.sums, .maximum, .total.
+    void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
+      for (std::int64_t r = 0; r < rows; ++r) {
+        buffer.maximum[r] = -infinity<T>();
+        buffer.total[r] = T(0);
+      }
+      fill_zero(buffer.sums, rows * k.width_);
+      const KeyRange all = buffer.ranges->all;
+      // Blocks begin at multiples of a panel, as the shared panels do.
+      std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
+      for (; first < all.end; first += k.block_keys_) {
+        const KeyBlock block =
+            key_block(buffer, score, first, smaller(k.block_keys_, all.end - first));
+        buffer.tile->template compute<kGroupRows>(*buffer.ranges, rows, first, block.keys);
+        score_tile(buffer, score, block, rows);
+        for (std::int64_t r = 0; r < rows; ++r) {
+          const std::int64_t g = r / kGroupRows;
+          if (buffer.tile->group_is_empty(g)) continue;
+          softmax_row(buffer, block, r, g, zeros);
+        }
+        add_values(buffer, block, rows, zeros);
+      }
+    }
+
+    void score_tile(Buffers& buffer, Score& score, const KeyBlock& block, std::int64_t rows) {
+      const TileRanges& tile = *buffer.tile;
+      for (std::int64_t u = 0; u < block.keys; u += kPanel<T>) {
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+          if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
+          score.scores(buffer.queries, r, smaller<std::int64_t>(kGroupRows, rows - r),
+                       block.panels + u * k.p_.head_dim, block.bounds[u / kPanel<T>],
+                       block.first + u, buffer.scores + r * k.score_ld_ + u, k.score_ld_);
+        }
+      }
+    }
+
+    // Scores of row r become weights relative to the row's running maximum; 0 for keys that the row
+    // may not see but its group does.
+    void softmax_row(Buffers& buffer, const KeyBlock& block, std::int64_t r, std::int64_t g,
+                     Zeros zeros) {
+      constexpr int lanes = kLanes<T>;
+      const AttentionProblem& p = k.p_;
+      const TileRanges& tile = *buffer.tile;
+      T* const row = buffer.scores + r * k.score_ld_;
+      if (tile.row_is_empty(r)) {
+        fill_zero(row + tile.group_begin[g], tile.group_end[g] - tile.group_begin[g]);
+        return;
+      }
+      const std::int64_t begin = tile.begin[r];
+      const std::int64_t n = tile.end[r] - begin;
+      T* const s = row + begin;
+      if (zeros == Zeros::kSkip) repair_scores(p, b, h, i0 + r, block.first + begin, n, s);
+      if (p.mask_kind != MaskKind::kNone) {
+        load_mask_row(p, b, h, i0 + r, block.first + begin, n, buffer.row);
+        add_bias(buffer.row, n, s);
+      }
+
+      const std::int64_t whole = n / lanes * lanes;
+      Vec<T> largest = splat(-infinity<T>());
+      for (std::int64_t j = 0; j < whole; j += lanes) largest = at_least(load(s + j), largest);
+      if (whole < n) {
+        largest = at_least(
+            first_lanes<T>(load_first(s + whole, n - whole), n - whole, splat(-infinity<T>())),
+            largest);
+      }
+      const T before = buffer.maximum[r];
+      const T maximum = larger(before, max_lanes<T>(largest));
+      if (maximum > before) {
+        buffer.maximum[r] = maximum;
+        if (before != -infinity<T>()) {
+          const T factor = exp2_of(before - maximum);
+          buffer.total[r] *= factor;
+          T* const sums = buffer.sums + r * k.width_;
+          for (std::int64_t d = 0; d < k.width_; d += lanes) {
+            store(sums + d, load(sums + d) * splat(factor));
+          }
+        }
+      }
+      // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
+      const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
+      Vec<T> sum0{}, sum1{};
+      std::int64_t j = 0;
+      for (; j + 2 * lanes <= n; j += 2 * lanes) {
+        const Vec<T> p0 = exp2<T>(load(s + j) - shift);
+        const Vec<T> p1 = exp2<T>(load(s + j + lanes) - shift);
+        sum0 += p0;
+        sum1 += p1;
+        store(s + j, p0);
+        store(s + j + lanes, p1);
+      }
+      for (; j < n; j += lanes) {
+        const Vec<T> weight =
+            first_lanes<T>(exp2<T>(load_up_to(s + j, n - j) - shift), n - j, Vec<T>{});
+        sum0 += weight;
+        store_up_to(s + j, weight, n - j);
+      }
+      buffer.total[r] += sum_lanes<T>(sum0 + sum1);
+
+      if (p.dropout_p > 0.0) {
+        load_dropout_row(p, k.dropout_, b, h, i0 + r, block.first + begin, n, buffer.row);
+        for (std::int64_t x = 0; x < n; ++x) s[x] *= buffer.row[x];
+      }
+      fill_zero(row + tile.group_begin[g], begin - tile.group_begin[g]);
+      fill_zero(row + tile.end[r], tile.group_end[g] - tile.end[r]);
+    }
+
+    void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
+      const TileRanges& tile = *buffer.tile;
+      for (std::int64_t d = 0; d < k.width_; d += kStrip<T>) {
+        const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, k.width_ - d);
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+          if (tile.group_is_empty(g)) continue;
+          const std::int64_t begin = tile.group_begin[g];
+          multiply<T, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+                                  buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
+                                  block.values + begin * block.value_ld + d, block.value_ld,
+                                  tile.group_end[g] - begin, buffer.sums + r * k.width_ + d,
+                                  k.width_, columns);
+        }
+      }
+    }
+
+    // Writes the rows; false if a result is not finite.
+    bool finish(Buffers& buffer, std::int64_t rows) {
+      const AttentionProblem& p = k.p_;
+      Vec<T> check{};  // x - x is NaN if x is not finite
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const T total = buffer.total[r];
+        T* const sums = buffer.sums + r * k.width_;
+        const std::int64_t row = (b * p.heads + h) * p.query_length + i0 + r;
+        check[0] += total - total;
+        if (k.splits_ > 1) {
+          const std::int64_t to = row * k.splits_ + split;
+          k.partial_max_[to] = buffer.maximum[r];
+          k.partial_total_[to] = total;
+          for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
+            const Vec<T> x = load(sums + d);
+            check += x - x;
+            store(k.partial_sum_ + to * k.width_ + d, x);
+          }
+          continue;
+        }
+        const Vec<T> factor = splat(total == T(0) ? T(0) : T(1) / total);
+        for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
+          const Vec<T> x = load(sums + d) * factor;
+          check += x - x;
+          store(sums + d, x);
+        }
+        k.write_row(b, h, i0 + r, sums, buffer.maximum[r], total);
+      }
+      return sum_lanes<T>(check) == T(0);
+    }
+  };
+
+  // The output and lse of row i, from its normalised sums.
+  void write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* out, T maximum,
+                 T total) const {
+    const View& view = call_.out;
+    store_row(p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
+              view.stride[3], p_.value_dim, out);
+    const std::int64_t row = (b * p_.heads + h) * p_.query_length + i;
+    T lse = -infinity<T>();
+    if (total != T(0)) {
+      lse = static_cast<T>(static_cast<double>(maximum) * Math<double>::ln2 + log_of(total));
+    }
+    static_cast<T*>(call_.lse)[row] = lse;
+  }
+  static double log_of(float x) { return __builtin_logf(x); }
+  static double log_of(double x) { return __builtin_log(x); }
+
+  // Adds up the splits of one row in their order.
+  void merge(std::int64_t row, int thread) {
+    const Buffers buffer = buffers(thread);
+    const T* const maxima = partial_max_ + row * splits_;
+    T maximum = -infinity<T>();
+    for (std::int64_t s = 0; s < splits_; ++s) maximum = larger(maximum, maxima[s]);
+    T total = 0;
+    fill_zero(buffer.sums, width_);
+    for (std::int64_t s = 0; s < splits_; ++s) {
+      const T part = partial_total_[row * splits_ + s];
+      if (part == T(0)) continue;
+      const T factor = exp2_of(maxima[s] - maximum);
+      total += factor * part;
+      if (factor == T(0)) continue;
+      const T* const from = partial_sum_ + (row * splits_ + s) * width_;
+      for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
+        store(buffer.sums + d, fma(load(from + d), splat(factor), load(buffer.sums + d)));
+      }
+    }
+    const T factor = total == T(0) ? T(0) : T(1) / total;
+    for (std::int64_t d = 0; d < width_; ++d) buffer.sums[d] *= factor;
+    const std::int64_t pair = row / p_.query_length;
+    write_row(pair / p_.heads, pair % p_.heads, row % p_.query_length, buffer.sums, maximum, total);
+  }
+
+  static constexpr std::int64_t kWantedTasks = 16;
+
+  const AttentionForward& call_;
+  const AttentionProblem& p_;
+  const Parallel& parallel_;
+  Dropout dropout_;
+
+  std::int64_t width_ = 0;  // of a row of values and sums
+  std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
+  std::int64_t splits_ = 1, split_keys_ = 0;
+  bool shared_keys_ = false;
+  bool copy_values_ = false;
+
+  T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]
+  T* key_bounds_ = nullptr;     // [b][packed head][panel]
+  T* values_ = nullptr;         // [b][kv head][key][width_]
+  T* partial_sum_ = nullptr;    // [b][h][i][split][width_]
+  T* partial_max_ = nullptr;    // [b][h][i][split]
+  T* partial_total_ = nullptr;  // [b][h][i][split]
+  char* base_ = nullptr;
+  std::int64_t threads_ = 0, thread_bytes_ = 0;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -1,0 +1,269 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/cpu/vector_math.h"
+
+// Rows of tensors of any dtype and stride to and from the type that is computed in (T = float, or
+// double for float64), and the two layouts that the matrix products read:
+//   rows    [row][width]: width = elements rounded up to whole vectors, zeros behind the last
+//   panels  [row / panel][element][panel]: transposed blocks of kPanel rows, zeros behind the last
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// Keys side by side in a panel: two vectors, so that the inner loop of a product loads two vectors
+// of keys and broadcasts one number per query.
+template <typename T>
+constexpr int kPanel = 2 * kLanes<T>;
+
+TSA_INLINE float widen_bfloat16(std::uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
+}
+TSA_INLINE std::uint16_t narrow_bfloat16(float value) {
+  const auto u = __builtin_bit_cast(std::uint32_t, value);
+  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+TSA_INLINE float widen_float16(std::uint16_t bits) {
+  // The exponent is re-biased by a product, which is right for subnormal numbers as well.
+  const std::uint32_t magnitude = (bits & 0x7fffu) << 13;
+  const auto scaled =
+      __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
+  const std::uint32_t finite_or_not =
+      (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u | magnitude : scaled;
+  return __builtin_bit_cast(float,
+                            finite_or_not | (static_cast<std::uint32_t>(bits & 0x8000u) << 16));
+}
+TSA_INLINE std::uint16_t narrow_float16(float value) {
+#if defined(__F16C__)
+  return _cvtss_sh(value, 0);
+#else
+  return float16(value).bits;
+#endif
+}
+
+template <DType dtype>
+struct Storage;
+template <>
+struct Storage<DType::kFloat64> {
+  using type = double;
+  static TSA_INLINE double widen(double x) { return x; }
+  static TSA_INLINE double narrow(double x) { return x; }
+};
+template <>
+struct Storage<DType::kFloat32> {
+  using type = float;
+  static TSA_INLINE float widen(float x) { return x; }
+  static TSA_INLINE float narrow(float x) { return x; }
+};
+template <>
+struct Storage<DType::kFloat16> {
+  using type = std::uint16_t;
+  static TSA_INLINE float widen(std::uint16_t x) { return widen_float16(x); }
+  static TSA_INLINE std::uint16_t narrow(float x) { return narrow_float16(x); }
+};
+template <>
+struct Storage<DType::kBFloat16> {
+  using type = std::uint16_t;
+  static TSA_INLINE float widen(std::uint16_t x) { return widen_bfloat16(x); }
+  static TSA_INLINE std::uint16_t narrow(float x) { return narrow_bfloat16(x); }
+};
+
+template <typename T, DType dtype>
+inline void load_elements(const void* data, std::int64_t offset, std::int64_t stride,
+                          std::int64_t n, T* to) {
+  const auto* from = static_cast<const typename Storage<dtype>::type*>(data) + offset;
+  if (stride == 1) {
+    for (std::int64_t d = 0; d < n; ++d) to[d] = static_cast<T>(Storage<dtype>::widen(from[d]));
+  } else {
+    for (std::int64_t d = 0; d < n; ++d) {
+      to[d] = static_cast<T>(Storage<dtype>::widen(from[d * stride]));
+    }
+  }
+}
+template <typename T, DType dtype>
+inline void store_elements(void* data, std::int64_t offset, std::int64_t stride, std::int64_t n,
+                           const T* from) {
+  using Element = typename Storage<dtype>::type;
+  auto* to = static_cast<Element*>(data) + offset;
+  using Wide = decltype(Storage<dtype>::widen(Element{}));
+  if (stride == 1) {
+    for (std::int64_t d = 0; d < n; ++d) to[d] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
+  } else {
+    for (std::int64_t d = 0; d < n; ++d) {
+      to[d * stride] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
+    }
+  }
+}
+
+// to[d] = data[offset + d * stride], widened.
+template <typename T>
+inline void load_row(DType dtype, const void* data, std::int64_t offset, std::int64_t stride,
+                     std::int64_t n, T* to) {
+  switch (dtype) {
+    case DType::kFloat64: load_elements<T, DType::kFloat64>(data, offset, stride, n, to); break;
+    case DType::kFloat32: load_elements<T, DType::kFloat32>(data, offset, stride, n, to); break;
+    case DType::kFloat16: load_elements<T, DType::kFloat16>(data, offset, stride, n, to); break;
+    case DType::kBFloat16: load_elements<T, DType::kBFloat16>(data, offset, stride, n, to); break;
+  }
+}
+template <typename T>
+inline T load_element(DType dtype, const void* data, std::int64_t index) {
+  T element = 0;
+  load_row(dtype, data, index, 1, 1, &element);
+  return element;
+}
+template <typename T>
+inline void store_row(DType dtype, void* data, std::int64_t offset, std::int64_t stride,
+                      std::int64_t n, const T* from) {
+  switch (dtype) {
+    case DType::kFloat64: store_elements<T, DType::kFloat64>(data, offset, stride, n, from); break;
+    case DType::kFloat32: store_elements<T, DType::kFloat32>(data, offset, stride, n, from); break;
+    case DType::kFloat16: store_elements<T, DType::kFloat16>(data, offset, stride, n, from); break;
+    case DType::kBFloat16:
+      store_elements<T, DType::kBFloat16>(data, offset, stride, n, from);
+      break;
+  }
+}
+
+// One (b, h) of a tensor: rows of `width` elements.
+struct Rows {
+  DType dtype;
+  const void* data;
+  std::int64_t offset;  // of row 0
+  std::int64_t row_stride;
+  std::int64_t element_stride;
+  std::int64_t width;
+
+  std::int64_t at(std::int64_t row) const { return offset + row * row_stride; }
+};
+inline Rows rows_of(DType dtype, const ConstView& view, std::int64_t b, std::int64_t h,
+                    std::int64_t width) {
+  return {dtype,          view.data,      b * view.stride[0] + h * view.stride[1],
+          view.stride[2], view.stride[3], width};
+}
+
+template <typename T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// Rows that the kernels can read where they are, or null. Whole vectors only: nothing behind a row
+// may be read.
+template <typename T>
+inline const T* rows_in_place(const Rows& rows) {
+  const bool usable =
+      rows.dtype == dtype_of<T>() && rows.element_stride == 1 && rows.width % kLanes<T> == 0;
+  return usable ? static_cast<const T*>(rows.data) + rows.offset : nullptr;
+}
+
+template <typename T>
+inline std::int64_t padded(std::int64_t width) {
+  return round_up(width, kLanes<T>);
+}
+
+// n rows from `begin` to to[n][padded(width)].
+template <typename T>
+inline void copy_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  const std::int64_t width = padded<T>(rows.width);
+  for (std::int64_t r = 0; r < n; ++r, to += width) {
+    load_row(rows.dtype, rows.data, rows.at(begin + r), rows.element_stride, rows.width, to);
+    for (std::int64_t d = rows.width; d < width; ++d) to[d] = T(0);
+  }
+}
+
+// What a panel holds: every loaded vector of elements d, d + 1, ... goes through operator().
+template <typename T>
+struct Scaled {
+  Vec<T> factor;
+  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/) const { return v * factor; }
+};
+template <typename T>
+struct Unchanged {
+  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/) const { return v; }
+};
+
+// n <= kPanel rows from `begin` to a panel to[width][kPanel].
+template <typename T, typename Transform>
+inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                       const Transform& transform) {
+  constexpr int lanes = kLanes<T>;
+  const T* const direct = rows.dtype == dtype_of<T>() && rows.element_stride == 1
+                              ? static_cast<const T*>(rows.data) + rows.offset
+                              : nullptr;
+  for (int half = 0; half < kPanel<T>; half += lanes) {
+    for (std::int64_t d = 0; d < rows.width; d += lanes) {
+      const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
+      Vec<T> square[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) {
+        const std::int64_t row = half + r;
+        if (row >= n) {
+          square[r] = Vec<T>{};
+          continue;
+        }
+        if (direct != nullptr) {
+          const T* const from = direct + (begin + row) * rows.row_stride + d;
+          square[r] = elements == lanes ? load(from) : load_first(from, elements);
+        } else {
+          T widened[lanes] = {};
+          load_row(rows.dtype, rows.data, rows.at(begin + row) + d * rows.element_stride,
+                   rows.element_stride, elements, widened);
+          square[r] = load(widened);
+        }
+        square[r] = transform(square[r], d);
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int e = 0; e < lanes; ++e) {
+        if (e < elements) store(to + (d + e) * kPanel<T> + half, square[e]);
+      }
+    }
+  }
+}
+
+// n rows from `begin` to ceil(n / kPanel) panels, one behind the other.
+template <typename T, typename Transform>
+inline void pack_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                        const Transform& transform) {
+  for (std::int64_t r = 0; r < n; r += kPanel<T>) {
+    pack_panel(rows, begin + r, smaller<std::int64_t>(kPanel<T>, n - r), to + r * rows.width,
+               transform);
+  }
+}
+
+// Memory of one call. A failed allocation throws, as any operator new.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t bytes)
+      : data_(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64})) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+// Cuts consecutive, 64-byte aligned arrays. With a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(std::int64_t n) {
+    T* const result = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(n * static_cast<std::int64_t>(sizeof(T)), 64);
+    return result;
+  }
+  std::int64_t used() const { return used_; }
+  char* base() const { return base_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

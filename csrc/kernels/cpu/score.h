@@ -1,0 +1,279 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/tile.h"
+
+// The two scores, as policies of one driver. A policy packs queries and keys into its own features
+// and turns a few rows and one panel of keys into scores in units of log2 (times log2 e, so that
+// the softmax needs 2^x only).
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// The exact score of one pair in double, for what overflowed in T: limited, NaN only if an input
+// is.
+template <typename T>
+inline double exact_score(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i,
+                          std::int64_t j) {
+  const Rows query = rows_of(p.dtype, p.query, b, h, p.head_dim);
+  const Rows key = rows_of(p.dtype, p.key, b, h / p.group_size(), p.head_dim);
+  const std::int64_t w = b * p.weight_stride[0] + h * p.weight_stride[1];
+  double sum = 0.0;
+  for (std::int64_t d = 0; d < p.head_dim; ++d) {
+    const double q_d = load_element<T>(p.dtype, query.data, query.at(i) + d * query.element_stride);
+    const double k_d = load_element<T>(p.dtype, key.data, key.at(j) + d * key.element_stride);
+    if (p.score == ScoreKind::kDotProduct) {
+      sum += q_d * k_d;
+    } else {
+      const double w_d = load_element<T>(p.dtype, p.weight, w + d * p.weight_stride[2]);
+      sum += w_d * __builtin_tanh(q_d + k_d);
+    }
+  }
+  constexpr double limit = Math<T>::max_score;
+  const double score = p.scale * sum * Math<double>::log2e;
+  return score > limit ? limit : (score < -limit ? -limit : score);
+}
+
+// Scores that are not finite, although the exact ones may be, are computed again.
+template <typename T>
+[[gnu::noinline]] void repair_scores(const AttentionProblem& p, std::int64_t b, std::int64_t h,
+                                     std::int64_t i, std::int64_t j, std::int64_t n, T* scores) {
+  for (std::int64_t x = 0; x < n; ++x) {
+    if (!is_finite(scores[x])) scores[x] = static_cast<T>(exact_score<T>(p, b, h, i, j + x));
+  }
+}
+
+// scale q . k: a matrix product; scale * log2 e is in the packed queries (forward).
+template <typename T>
+class DotScore {
+ public:
+  static constexpr ScoreKind kKind = ScoreKind::kDotProduct;
+  static constexpr int kGroupRows = kTileRows;
+  // Keys are the same for all query heads of a group.
+  static constexpr bool kKeysPerQueryHead = false;
+  static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
+  static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }  // per row
+  static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
+
+  DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : p_(p) {}
+
+  void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
+
+  // rows queries from i to `queries`.
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
+    const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
+    const T factor = static_cast<T>(p_.scale * Math<double>::log2e);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* const to = queries + r * p_.head_dim;
+      load_row(query.dtype, query.data, query.at(i + r), query.element_stride, p_.head_dim, to);
+      for (std::int64_t d = 0; d < p_.head_dim; ++d) to[d] *= factor;
+    }
+  }
+
+  void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* /*bounds*/) const {
+    pack_panels(key, j, n, panels, Unchanged<T>{});
+  }
+
+  // scores[rows][kPanel] of rows <= kGroupRows queries from row r of the block.
+  void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/,
+              std::int64_t /*j*/, T* scores, std::int64_t ld) {
+    multiply_rows<T, 2, false, true>(rows, queries + r * p_.head_dim, p_.head_dim, panel, kPanel<T>,
+                                     p_.head_dim, scores, ld);
+  }
+
+ private:
+  const AttentionProblem& p_;
+};
+
+// scale sum_d w_d tanh(q_d + k_d). The sign of w_d moves into q_d and k_d, and
+//   tanh(q + k) = 1 - 2 / (1 + e^(2q) e^(2k)),
+// so the exponentials are made once per token: Lq + Lk of them, not Lq Lk. With c = max |w| and
+// u_d = c / |w_d| the score is scale (sum |w| - 2c sum_d 1 / x_d), x_d = u_d + (u_d A_d) B_d: one
+// FMA per pair and element, and four elements share a division, since
+//   1/x0 + 1/x1 + 1/x2 + 1/x3 = ((x0 + x1) x2 x3 + (x2 + x3) x0 x1) / (x0 x1 x2 x3).
+// x_d is limited to `cap`, which keeps the product finite at an error of c / cap; it serves w_d = 0
+// as well. Where |q| or |k| is so large that the exponentials leave the range, x_d is computed from
+// q_d + k_d instead (kSum), per panel of keys.
+// Bound: nine FMA slots and one division for four elements of a vector of pairs.
+enum class Join : bool { kProduct, kSum };
+
+template <typename T, Join join>
+TSA_INLINE Vec<T> joined(Vec<T> a, Vec<T> b, Vec<T> u) {
+  if constexpr (join == Join::kProduct) {
+    return at_most(splat(Math<T>::cap), fma(a, b, u));  // a = u e^(2q), b = e^(2k)
+  } else {
+    return at_most(splat(Math<T>::cap), fma(exp_2x(a + b), u, u));  // a = q, b = k
+  }
+}
+
+// One vector of keys, kRows queries: scores = k0 + k2 sum_d 1 / x_d.
+template <typename T, int kRows, Join join>
+[[gnu::noinline]] void additive_tile(const T* __restrict a, const T* __restrict u,
+                                     const T* __restrict panel, std::int64_t head_dim, T k2, T k0,
+                                     T* __restrict scores, std::int64_t ld) {
+  Vec<T> sum[kRows] = {};
+  std::int64_t d = 0;
+  for (; d + 4 <= head_dim; d += 4) {
+    Vec<T> b[4], u_d[4];
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      b[e] = load(panel + (d + e) * kPanel<T>);
+      u_d[e] = splat(u[d + e]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      Vec<T> x[4];
+#pragma GCC unroll 4
+      for (int e = 0; e < 4; ++e) {
+        x[e] = joined<T, join>(splat(a[i * head_dim + d + e]), b[e], u_d[e]);
+      }
+      const Vec<T> x01 = x[0] * x[1];
+      const Vec<T> x23 = x[2] * x[3];
+      sum[i] += fma(x[0] + x[1], x23, (x[2] + x[3]) * x01) / (x01 * x23);
+    }
+  }
+  for (; d < head_dim; ++d) {
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] += T(1) / joined<T, join>(splat(a[i * head_dim + d]), load(panel + d * kPanel<T>),
+                                       splat(u[d]));
+    }
+  }
+  for (int i = 0; i < kRows; ++i) store(scores + i * ld, fma(sum[i], splat(k2), splat(k0)));
+}
+
+template <typename T>
+class AdditiveScore {
+ public:
+  static constexpr ScoreKind kKind = ScoreKind::kAdditive;
+  static constexpr int kGroupRows = 4;
+  static constexpr bool kKeysPerQueryHead = true;  // the sign of w is in them
+  static std::int64_t constants_size(std::int64_t head_dim) { return 2 * padded<T>(head_dim); }
+  static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
+  static std::int64_t spare_size(std::int64_t head_dim, std::int64_t rows) {
+    return head_dim * (rows + kPanel<T>);
+  }
+
+  // constants: u and the sign of w. spare: q and k themselves, used by Join::kSum only.
+  AdditiveScore(const AttentionProblem& p, T* constants, T* spare)
+      : p_(p), u_(constants), sign_(constants + padded<T>(p.head_dim)), spare_(spare) {}
+
+  void set_head(std::int64_t b, std::int64_t h) {
+    b_ = b;
+    h_ = h;
+    load_row(p_.dtype, p_.weight, b * p_.weight_stride[0] + h * p_.weight_stride[1],
+             p_.weight_stride[2], p_.head_dim, u_);
+    double total = 0.0;
+    double largest = 0.0;
+    for (std::int64_t d = 0; d < p_.head_dim; ++d) {
+      const double w = __builtin_fabs(static_cast<double>(u_[d]));
+      total += w;
+      largest = w > largest ? w : largest;
+    }
+    for (std::int64_t d = 0; d < padded<T>(p_.head_dim); ++d) {
+      const T w = d < p_.head_dim ? u_[d] : T(0);
+      const double u = largest / __builtin_fabs(static_cast<double>(w));
+      sign_[d] = w < T(0) ? T(-1) : T(1);
+      u_[d] = u < static_cast<double>(Math<T>::cap) ? static_cast<T>(u) : Math<T>::cap;
+    }
+    const double scale = p_.scale * Math<double>::log2e;
+    k2_ = static_cast<T>(-2.0 * largest * scale);
+    k0_ = static_cast<T>(total * scale);  // NaN or inf if a weight is: then no score is right
+  }
+
+  const T* sign() const { return sign_; }
+  T query_bound() const { return query_bound_; }
+
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
+    const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
+    first_query_ = i;
+    query_rows_ = rows;
+    spare_queries_ready_ = false;
+    query_bound_ = T(0);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      T* const to = queries + r * p_.head_dim;
+      load_row(query.dtype, query.data, query.at(i + r), query.element_stride, p_.head_dim, to);
+      Vec<T> bound{};
+      for (std::int64_t d = 0; d < p_.head_dim; d += kLanes<T>) {
+        const std::int64_t n = p_.head_dim - d;
+        const Vec<T> q = load_up_to(to + d, n) * load(sign_ + d);
+        bound = at_least(absolute(q), bound);
+        store_up_to(to + d, exp_2x(q) * load(u_ + d), n);
+      }
+      query_bound_ = larger(query_bound_, max_lanes<T>(bound));
+    }
+  }
+
+  // bounds[panel]: the largest |k| in it.
+  void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* bounds) const {
+    for (std::int64_t r = 0; r < n; r += kPanel<T>, panels += kPanel<T> * key.width) {
+      Vec<T> bound{};
+      pack_panel(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
+                 [&](Vec<T> k, std::int64_t d) {
+                   k *= load(sign_ + d);
+                   bound = at_least(absolute(k), bound);
+                   return exp_2x(k);
+                 });
+      *bounds++ = max_lanes<T>(bound);
+    }
+  }
+
+  void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T bound,
+              std::int64_t j, T* scores, std::int64_t ld) {
+    if (larger(bound, query_bound_) <= Math<T>::max_exponent_argument) {
+      tile<Join::kProduct>(queries + r * p_.head_dim, panel, rows, scores, ld);
+      return;
+    }
+    prepare_spare(j);
+    tile<Join::kSum>(spare_ + (kPanel<T> + r) * p_.head_dim, spare_, rows, scores, ld);
+  }
+
+ private:
+  template <Join join>
+  void tile(const T* queries, const T* panel, std::int64_t rows, T* scores, std::int64_t ld) const {
+    for (int half = 0; half < kPanel<T>; half += kLanes<T>) {
+      const T* a = queries;
+      T* s = scores + half;
+      std::int64_t left = rows;
+      if (left == 4) {
+        additive_tile<T, 4, join>(a, u_, panel + half, p_.head_dim, k2_, k0_, s, ld);
+        continue;
+      }
+      for (; left > 0; --left, a += p_.head_dim, s += ld) {
+        additive_tile<T, 1, join>(a, u_, panel + half, p_.head_dim, k2_, k0_, s, ld);
+      }
+    }
+  }
+
+  // The panel of keys from j and, once per block, the queries, both with the sign of w only.
+  [[gnu::noinline]] void prepare_spare(std::int64_t j) {
+    const Rows key = rows_of(p_.dtype, p_.key, b_, h_ / p_.group_size(), p_.head_dim);
+    const auto with_sign = [&](Vec<T> k, std::int64_t d) { return k * load(sign_ + d); };
+    pack_panel(key, j, smaller<std::int64_t>(kPanel<T>, p_.key_length - j), spare_, with_sign);
+    if (spare_queries_ready_) return;
+    spare_queries_ready_ = true;
+    const Rows query = rows_of(p_.dtype, p_.query, b_, h_, p_.head_dim);
+    for (std::int64_t r = 0; r < query_rows_; ++r) {
+      T* const to = spare_ + (kPanel<T> + r) * p_.head_dim;
+      load_row(query.dtype, query.data, query.at(first_query_ + r), query.element_stride,
+               p_.head_dim, to);
+      for (std::int64_t d = 0; d < p_.head_dim; ++d) to[d] *= sign_[d];
+    }
+  }
+
+  const AttentionProblem& p_;
+  T* u_;
+  T* sign_;
+  T* spare_;
+  T k2_ = 0;
+  T k0_ = 0;
+  std::int64_t b_ = 0;
+  std::int64_t h_ = 0;
+  std::int64_t first_query_ = 0;
+  std::int64_t query_rows_ = 0;
+  T query_bound_ = 0;
+  bool spare_queries_ready_ = false;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

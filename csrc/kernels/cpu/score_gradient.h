@@ -1,0 +1,323 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/score.h"
+
+// What backward needs of a score beside its tile: for a block of keys and a block of queries, with
+// G(i, j) the gradient of the scaled score, add to
+//   dq(i, :) and dk(j, :) up to a factor per element that is applied once at the end,
+//   the sums that the gradient of the weight is made of (additive).
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// One block of queries against one block of keys.
+template <typename T>
+struct GradientTile {
+  const TileRanges* ranges;
+  std::int64_t rows;  // queries
+  std::int64_t keys;
+  const T* gradient;  // [rows][ld]: 0 where a row of a group may not see a key
+  std::int64_t ld;
+  const T* query;  // [rows][query_ld], as they are
+  std::int64_t query_ld;
+  T* grad_query;  // [rows][grad_query_ld]
+  std::int64_t grad_query_ld;
+  T* grad_key;  // [keys][width]
+  Zeros zeros;
+};
+
+// C(j, :) += sum_i A(i, j) B(i, :) over the rows i of a tile, for each group of keys only those
+// rows that see one of them.
+template <typename T, int kGroupRows>
+inline void add_transposed(const TileRanges& ranges, std::int64_t rows, std::int64_t keys,
+                           Zeros zeros, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
+                           T* c, std::int64_t width) {
+  for (std::int64_t d = 0; d < width; d += kStrip<T>) {
+    const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width - d);
+    std::int64_t first = 0;  // row ranges are monotone: both ends only move on
+    std::int64_t last = 0;
+    // A group of rows has initialised whole panels, so a group of keys must not cross one.
+    for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
+      const std::int64_t panel_end = smaller<std::int64_t>(u + kPanel<T>, keys);
+      for (std::int64_t j = u; j < panel_end; j += kTileRows) {
+        const std::int64_t j_end = smaller<std::int64_t>(j + kTileRows, panel_end);
+        while (first < rows && (ranges.row_is_empty(first) || ranges.end[first] <= j)) ++first;
+        last = larger(last, first);
+        while (last < rows && !ranges.row_is_empty(last) && ranges.begin[last] < j_end) ++last;
+        if (first == last) continue;
+        multiply<T, true, false>(zeros, j_end - j, a + first * lda + j, lda, b + first * ldb + d,
+                                 ldb, last - first, c + j * width + d, width, columns);
+      }
+    }
+  }
+}
+
+// dq += G k, dk += G^T q: two matrix products.
+template <typename T>
+class DotGradient {
+ public:
+  using Score = DotScore<T>;
+  static constexpr int kGroupRows = Score::kGroupRows;
+  static constexpr bool kHasWeight = false;
+  static constexpr std::int64_t kBlockRows = 64;
+  static constexpr std::int64_t kBlockKeys = 128;
+  static std::int64_t buffer_size(std::int64_t head_dim) {
+    return kBlockKeys * padded<T>(head_dim);  // rows of keys
+  }
+  static std::int64_t query_size(std::int64_t /*head_dim*/) { return 0; }
+
+  DotGradient(const AttentionProblem& p, T* /*constants*/, T* /*spare*/, T* buffer)
+      : p_(p), width_(padded<T>(p.head_dim)), buffer_(buffer) {}
+
+  void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
+
+  // The scale is in the keys: queries are read as they are.
+  void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
+                 T* /*bounds*/) {
+    const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
+    pack_panels(key, first, n, panels,
+                Scaled<T>{splat(static_cast<T>(p_.scale * Math<double>::log2e))});
+    if (const T* const in_place = rows_in_place<T>(key)) {
+      key_ = in_place + first * key.row_stride;
+      key_ld_ = key.row_stride;
+    } else {
+      copy_rows(key, first, n, buffer_);
+      key_ = buffer_;
+      key_ld_ = width_;
+    }
+  }
+  void load_queries(std::int64_t /*b*/, std::int64_t /*h*/, std::int64_t /*i*/,
+                    std::int64_t /*rows*/, const T* query, std::int64_t query_ld, T* /*to*/) {
+    query_ = query;
+    query_ld_ = query_ld;
+  }
+  void scores(std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/, std::int64_t /*j*/,
+              T* scores, std::int64_t ld) {
+    multiply_rows<T, 2, false, true>(rows, query_ + r * query_ld_, query_ld_, panel, kPanel<T>,
+                                     p_.head_dim, scores, ld);
+  }
+
+  void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* /*bounds*/,
+                  double* /*weight_sums*/) {
+    add_transposed<T, kGroupRows>(*tile.ranges, tile.rows, tile.keys, tile.zeros, tile.gradient,
+                                  tile.ld, tile.query, tile.query_ld, tile.grad_key, width_);
+    for (std::int64_t d = 0; d < width_; d += kStrip<T>) {
+      const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width_ - d);
+      for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
+        if (tile.ranges->group_is_empty(g)) continue;
+        const std::int64_t begin = tile.ranges->group_begin[g];
+        multiply<T, true, true>(
+            tile.zeros, smaller<std::int64_t>(kGroupRows, tile.rows - r),
+            tile.gradient + r * tile.ld + begin, tile.ld, key_ + begin * key_ld_ + d, key_ld_,
+            tile.ranges->group_end[g] - begin, tile.grad_query + r * tile.grad_query_ld + d,
+            tile.grad_query_ld, columns);
+      }
+    }
+  }
+
+  // dq and dk are the sums times this.
+  T factor(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
+
+ private:
+  const AttentionProblem& p_;
+  std::int64_t width_;
+  T* buffer_;
+  const T* key_ = nullptr;
+  std::int64_t key_ld_ = 0;
+  const T* query_ = nullptr;
+  std::int64_t query_ld_ = 0;
+};
+
+// With r = 1 / (1 + e^(2q) e^(2k)) in the signed variables, tanh = 1 - 2r and its slope is
+// 4 (r - r^2):  dq_d = 4 scale w_d sum_j G (r - r^2), dk alike,
+//               dw_d = scale sign(w_d) (sum_ij G - 2 sum_ij G r).
+// r is computed again from the features, elements side by side in a vector, four queries at a time,
+// two of which share a division. It never divides by w_d, and sum_ij G is added up, not taken to be
+// 0, which it is not if the lse has a gradient.
+// Bound: ten FMA slots and two divisions for four vectors.
+template <typename T, Join join>
+TSA_INLINE Vec<T> one_plus(Vec<T> a, Vec<T> b) {
+  if constexpr (join == Join::kProduct) {
+    return at_most(splat(Math<T>::cap), fma(a, b, splat(T(1))));
+  } else {
+    return at_most(splat(Math<T>::cap), splat(T(1)) + exp_2x(a + b));
+  }
+}
+
+// kRows queries against all keys of the tile for kLanes elements. Returns sum G r.
+template <typename T, int kRows, Join join, Zeros zeros>
+[[gnu::noinline]] Vec<T> additive_sweep(const T* __restrict a, const T* __restrict b,
+                                        std::int64_t width, std::int64_t begin, std::int64_t end,
+                                        const T* __restrict gradient, std::int64_t ld,
+                                        T* __restrict grad_query, std::int64_t grad_query_ld,
+                                        T* __restrict grad_key) {
+  Vec<T> a_i[kRows], dq[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    a_i[i] = load(a + i * width);
+    dq[i] = load(grad_query + i * grad_query_ld);
+  }
+  Vec<T> weighted{};
+  for (std::int64_t j = begin; j < end; ++j) {
+    if constexpr (zeros == Zeros::kSkip) {
+      static_assert(kRows == 1);
+      if (gradient[j] == T(0)) continue;
+    }
+    const Vec<T> b_j = load(b + j * width);
+    Vec<T> x[kRows], r[kRows], h[kRows], y[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) x[i] = one_plus<T, join>(a_i[i], b_j);
+    if constexpr (kRows == 4) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 4; i += 2) {
+        const Vec<T> inverse = T(1) / (x[i] * x[i + 1]);
+        r[i] = x[i + 1] * inverse;
+        r[i + 1] = x[i] * inverse;
+      }
+    } else {
+      for (int i = 0; i < kRows; ++i) r[i] = T(1) / x[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      h[i] = splat(gradient[i * ld + j]) * r[i];
+      y[i] = fnma(h[i], r[i], h[i]);
+      dq[i] += y[i];
+    }
+    T* const dk = grad_key + j * width;
+    if constexpr (kRows == 4) {
+      weighted += (h[0] + h[1]) + (h[2] + h[3]);
+      store(dk, load(dk) + ((y[0] + y[1]) + (y[2] + y[3])));
+    } else {
+      weighted += h[0];
+      store(dk, load(dk) + y[0]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) store(grad_query + i * grad_query_ld, dq[i]);
+  return weighted;
+}
+
+template <typename T>
+class AdditiveGradient {
+ public:
+  using Score = AdditiveScore<T>;
+  static constexpr int kGroupRows = Score::kGroupRows;
+  static constexpr bool kHasWeight = true;
+  static constexpr std::int64_t kBlockRows = 32;
+  static constexpr std::int64_t kBlockKeys = 64;
+  // e^(2k) and, where that leaves the range, k; the same of q; two sets of each.
+  static std::int64_t buffer_size(std::int64_t head_dim) {
+    return 2 * (kBlockKeys + kBlockRows) * padded<T>(head_dim);
+  }
+  static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
+
+  AdditiveGradient(const AttentionProblem& p, T* constants, T* spare, T* buffer)
+      : p_(p), score_(p, constants, spare), width_(padded<T>(p.head_dim)) {
+    key_ = buffer;
+    raw_key_ = key_ + kBlockKeys * width_;
+    query_ = raw_key_ + kBlockKeys * width_;
+    raw_query_ = query_ + kBlockRows * width_;
+  }
+
+  void set_head(std::int64_t b, std::int64_t h) {
+    b_ = b;
+    h_ = h;
+    score_.set_head(b, h);
+  }
+  void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
+                 T* bounds) {
+    const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
+    score_.pack_keys(key, first, n, panels, bounds);
+    copy_rows(key, first, n, raw_key_);
+    apply_features(raw_key_, n, key_);
+  }
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows,
+                    const T* query, std::int64_t query_ld, T* to) {
+    score_.load_queries(b, h, i, rows, to);
+    scaled_query_ = to;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
+        store(raw_query_ + r * width_ + d, load(query + r * query_ld + d));
+      }
+    }
+    apply_features(raw_query_, rows, query_);
+  }
+  void scores(std::int64_t r, std::int64_t rows, const T* panel, T bound, std::int64_t j, T* scores,
+              std::int64_t ld) {
+    score_.scores(scaled_query_, r, rows, panel, bound, j, scores, ld);
+  }
+
+  // weight_sums[width]: sum G r. (sum G is the driver's.)
+  void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* bounds,
+                  double* weight_sums) {
+    T bound = score_.query_bound();
+    for (std::int64_t u = 0; u < tile.keys; u += kPanel<T>) {
+      bound = larger(bound, bounds[u / kPanel<T>]);
+    }
+    const bool product = bound <= Math<T>::max_exponent_argument;
+    for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
+      Vec<T> sum{};
+      for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
+        if (tile.ranges->group_is_empty(g)) continue;
+        const std::int64_t rows = smaller<std::int64_t>(kGroupRows, tile.rows - r);
+        if (product) {
+          sum += sweep<Join::kProduct>(tile, query_, key_, r, rows, g, d);
+        } else {
+          sum += sweep<Join::kSum>(tile, raw_query_, raw_key_, r, rows, g, d);
+        }
+      }
+      for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
+    }
+  }
+
+  T factor(std::int64_t d) const {
+    const double w = load_element<T>(
+        p_.dtype, p_.weight,
+        b_ * p_.weight_stride[0] + h_ * p_.weight_stride[1] + d * p_.weight_stride[2]);
+    return static_cast<T>(4.0 * p_.scale * w);
+  }
+  double weight_factor(std::int64_t d) const {
+    return p_.scale * static_cast<double>(score_.sign()[d]);
+  }
+
+ private:
+  // rows gets the sign of w, features e^(2 rows).
+  void apply_features(T* rows, std::int64_t n, T* features) const {
+    for (std::int64_t r = 0; r < n; ++r) {
+      for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
+        const Vec<T> x = load(rows + r * width_ + d) * load(score_.sign() + d);
+        store(rows + r * width_ + d, x);
+        store(features + r * width_ + d, exp_2x(x));
+      }
+    }
+  }
+
+  template <Join join>
+  Vec<T> sweep(const GradientTile<T>& tile, const T* query, const T* key, std::int64_t r,
+               std::int64_t rows, std::int64_t g, std::int64_t d) const {
+    const std::int64_t begin = tile.ranges->group_begin[g];
+    const std::int64_t end = tile.ranges->group_end[g];
+    if (rows == 4 && tile.zeros == Zeros::kMultiply) {
+      return additive_sweep<T, 4, join, Zeros::kMultiply>(
+          query + r * width_ + d, key + d, width_, begin, end, tile.gradient + r * tile.ld, tile.ld,
+          tile.grad_query + r * tile.grad_query_ld + d, tile.grad_query_ld, tile.grad_key + d);
+    }
+    Vec<T> sum{};
+    for (std::int64_t i = r; i < r + rows; ++i) {
+      sum += additive_sweep<T, 1, join, Zeros::kSkip>(
+          query + i * width_ + d, key + d, width_, begin, end, tile.gradient + i * tile.ld, tile.ld,
+          tile.grad_query + i * tile.grad_query_ld + d, tile.grad_query_ld, tile.grad_key + d);
+    }
+    return sum;
+  }
+
+  const AttentionProblem& p_;
+  Score score_;
+  std::int64_t width_;
+  T *key_, *raw_key_, *query_, *raw_query_;
+  T* scaled_query_ = nullptr;
+  std::int64_t b_ = 0;
+  std::int64_t h_ = 0;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

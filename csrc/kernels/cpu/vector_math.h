@@ -1,0 +1,118 @@
+#pragma once
+
+#include "kernels/cpu/simd.h"
+
+// Exponentials for softmax and for the additive score. NaN in, NaN out.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <typename T>
+struct MathConstants;
+template <>
+struct MathConstants<float> {
+  static constexpr float log2e = 1.44269504088896340736f;
+  static constexpr float ln2 = 0.693147180559945309417f;
+  static constexpr float round_bias = 0x1.8p23f;  // x + round_bias - round_bias rounds x
+  static constexpr float min_exponent = -127.f;   // 2^-127 is computed as 0
+  static constexpr int mantissa_bits = 23;
+  // Bound of |q|, |k| up to which e^(2q) e^(2k) is a good representation of e^(2(q + k)).
+  static constexpr float max_exponent_argument = 32.f;
+  // A product of four numbers up to cap is finite, and 1 / cap is negligible beside 1.
+  static constexpr float cap = 3.5e9f;
+  // 2^127 log2(e): scores are limited to this in units of log2.
+  static constexpr float max_score = 0x1p127f * 1.44269504088896340736f;
+};
+template <>
+struct MathConstants<double> {
+  static constexpr double log2e = 1.44269504088896340736;
+  static constexpr double ln2 = 0.693147180559945309417;
+  static constexpr double round_bias = 0x1.8p52;
+  static constexpr double min_exponent = -1023.0;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double max_exponent_argument = 32.0;
+  static constexpr double cap = 1e70;
+  static constexpr double max_score = 0x1p1023 * 1.44269504088896340736;
+};
+template <typename T>
+using Math = MathConstants<T>;
+
+template <typename T>
+constexpr T infinity();
+template <>
+constexpr float infinity<float>() {
+  return __builtin_inff();
+}
+template <>
+constexpr double infinity<double>() {
+  return __builtin_inf();
+}
+
+template <typename T>
+TSA_INLINE bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+// p * 2^n where rounded = n + round_bias: n is in the low bits and is added to the exponent.
+template <typename T>
+TSA_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> rounded) {
+  return (Vec<T>)((IntVec<T>)p + ((IntVec<T>)rounded << Math<T>::mantissa_bits));
+}
+
+// 2^r for |r| <= 1/2: relative error 2.4e-7 (float, minimax), 1e-16 (double, Taylor).
+TSA_INLINE VecF exp2_fraction(VecF r) {
+  VecF p = fma(splat(1.3390863365e-03f), r, splat(9.6760319183e-03f));
+  p = fma(p, r, splat(5.5503571142e-02f));
+  p = fma(p, r, splat(2.4022107485e-01f));
+  p = fma(p, r, splat(6.9314718803e-01f));
+  return fma(p, r, splat(1.f));
+}
+TSA_INLINE VecD exp2_fraction(VecD r) {
+  // ln(2)^n / n!
+  constexpr double c[] = {6.931471805599453e-01,  2.402265069591007e-01,  5.550410866482158e-02,
+                          9.618129107628477e-03,  1.3333558146428443e-03, 1.5403530393381608e-04,
+                          1.5252733804059841e-05, 1.3215486790144309e-06, 1.0178086009239699e-07,
+                          7.0549116208011230e-09, 4.4455382718708116e-10, 2.5678435993488204e-11,
+                          1.3691488853904128e-12};
+  VecD p = splat(c[12]);
+#pragma GCC unroll 12
+  for (int n = 11; n >= 0; --n) p = fma(p, r, splat(c[n]));
+  return fma(p, r, splat(1.0));
+}
+// As above with degree 6 in float: relative error below 1e-7.
+TSA_INLINE VecF exp2_fraction_accurate(VecF r) {
+  VecF p = fma(splat(1.5403530e-4f), r, splat(1.3333558e-3f));
+  p = fma(p, r, splat(9.6181291e-3f));
+  p = fma(p, r, splat(5.5504109e-2f));
+  p = fma(p, r, splat(2.4022651e-1f));
+  p = fma(p, r, splat(6.9314718e-1f));
+  return fma(p, r, splat(1.f));
+}
+TSA_INLINE VecD exp2_fraction_accurate(VecD r) { return exp2_fraction(r); }
+
+// 2^x for x <= 127 (float): the softmax's exponential. Exactly 0 for x <= -127 and for -inf.
+template <typename T>
+TSA_INLINE Vec<T> exp2(Vec<T> x) {
+  x = at_least(splat(Math<T>::min_exponent), x);
+  const Vec<T> rounded = x + splat(Math<T>::round_bias);
+  const Vec<T> r = x - (rounded - splat(Math<T>::round_bias));
+  return scale_by_power<T>(exp2_fraction(r), rounded);
+}
+
+// e^(2x) to about 1 ulp, x limited to +-43 (float) or +-340 (double): 2^n e^(2r) with
+// r = x - n ln(2)/2, where ln(2)/2 = high + low and n * high is exact, with or without FMA.
+template <typename T>
+TSA_INLINE Vec<T> exp_2x(Vec<T> x, T limit, T high, T low) {
+  constexpr T two_log2e = T(2.88539008177792681472);
+  x = at_least(splat(-limit), at_most(splat(limit), x));
+  const Vec<T> rounded = fma(x, splat(two_log2e), splat(Math<T>::round_bias));
+  const Vec<T> n = rounded - splat(Math<T>::round_bias);
+  const Vec<T> r = fnma(n, splat(low), fnma(n, splat(high), x));
+  return scale_by_power<T>(exp2_fraction_accurate(r * splat(two_log2e)), rounded);
+}
+TSA_INLINE VecF exp_2x(VecF x) {
+  return exp_2x<float>(x, 43.f, 0x1.62ep-2f, 1.5973092472654708e-05f);
+}
+TSA_INLINE VecD exp_2x(VecD x) {
+  return exp_2x<double>(x, 340.0, 0x1.62e42fefa2000p-2, 3.6855012825838994e-13);
+}
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
