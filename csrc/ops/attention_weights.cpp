@@ -82,6 +82,8 @@ Tensor dot_scores(const Tensor& query, const Tensor& key, std::optional<double> 
   const at::ScalarType dtype = narrow ? at::kFloat : query.scalar_type();
   const double head_dim = static_cast<double>(query.sym_size(3).guard_int(__FILE__, __LINE__));
   const double factor = scale.value_or(1.0 / std::sqrt(std::max(head_dim, 1.0)));
+  // Scores stay float32: autocast would round them to its dtype.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return at::matmul(query.to(dtype) * factor, key.to(dtype).transpose(-2, -1));
 }
 
