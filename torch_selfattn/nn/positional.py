@@ -1,5 +1,8 @@
 """Positional encodings."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,9 @@ from ..positional import (
     rotary_embedding,
     rotary_tables,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LearnedPositionalEncoding", "RotaryEmbedding", "SinusoidalPositionalEncoding"]
 
@@ -96,10 +102,10 @@ class RotaryEmbedding(nn.Module):
     Pair i of a row at position p is turned by ``p / (scaling * base^(2i / dim))``, so that the dot
     product of a query and a key depends on the distance of their positions only.
 
-    Cosines and sines stay float32 when the module is cast to half precision (they are computed
-    anew in float64 for float64 inputs). They are kept for the first ``max_length`` positions;
-    beyond, they are computed in the call, except that ``positions`` must lie below ``max_length``.
-    No parameters and nothing in the state dict.
+    Cosines and sines stay float32 when the module is cast to half precision. They are kept for the
+    first ``max_length`` positions; beyond, and for float64 inputs to a module that is not float64,
+    they are computed in the call. Given ``positions`` must lie below ``max_length``. No parameters
+    and nothing in the state dict.
 
     Args:
         dim: how many elements of each row are rotated (even); the rest is left alone. Give the head
@@ -133,38 +139,41 @@ class RotaryEmbedding(nn.Module):
         self.base = float(base)
         self.interleaved = interleaved
         self.scaling = float(scaling)
-        # The float32 tables as int32: .half() and .to(dtype) leave integers alone, also in a
-        # scripted module, which has no _apply() to override.
-        empty = torch.empty(max_length, dim // 2, dtype=torch.int32, device=device)
-        self.register_buffer("cos_bits", empty, persistent=False)
-        self.register_buffer("sin_bits", torch.empty_like(empty), persistent=False)
+        for name in ("cos", "sin"):
+            table = torch.empty(max_length, dim // 2, dtype=torch.float32, device=device)
+            self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
-    cos_bits: Tensor
-    sin_bits: Tensor
+    cos: Tensor
+    sin: Tensor
 
     def reset_parameters(self) -> None:
         """Fills the tables (again, after ``to_empty``)."""
-        if self.cos_bits.is_meta:
+        if self.cos.is_meta:
             return
-        cos, sin = rotary_tables(
-            self.max_length, self.dim, self.base, 0, self.scaling, device=self.cos_bits.device
+        dtype = torch.float64 if self.cos.dtype == torch.float64 else torch.float32
+        self.cos, self.sin = rotary_tables(
+            self.max_length, self.dim, self.base, 0, self.scaling, dtype, self.cos.device
         )
-        self.cos_bits.copy_(cos.view(torch.int32))
-        self.sin_bits.copy_(sin.view(torch.int32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        before = self.cos.dtype
+        super()._apply(fn, recurse)
+        if self.cos.dtype != before:  # back to float32, or as exact as float64 can be
+            self.reset_parameters()
+        return self
 
     def tables(self, offset: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (length, dim / 2) of the positions offset ... offset + length - 1."""
+        """Cosines and sines (length, dim / 2) of the positions offset ... offset + length - 1, for
+        inputs of this dtype."""
         end = offset + length
-        if dtype == torch.float64 or end > self.max_length:
-            table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # Another dtype is there after .half() of a scripted module, which has no _apply of ours.
+        if end > self.max_length or self.cos.dtype != table_dtype:
             return rotary_tables(
-                length, self.dim, self.base, offset, self.scaling, table_dtype,
-                self.cos_bits.device,
-            )  # fmt: skip
-        cos = self.cos_bits[offset:end].view(torch.float32)
-        sin = self.sin_bits[offset:end].view(torch.float32)
-        return cos, sin
+                length, self.dim, self.base, offset, self.scaling, table_dtype, self.cos.device
+            )
+        return self.cos[offset:end], self.sin[offset:end]
 
     def forward(self, x: Tensor, offset: int = 0, positions: Tensor | None = None) -> Tensor:
         """x (B, H, L, D) with D >= dim -> the same shape and dtype.
