@@ -1,0 +1,95 @@
+"""Every Python example of the README and of docs/ runs, every link leads somewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_selfattn
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if p.exists())
+IDS = [p.name for p in DOCUMENTS]
+
+
+def blocks(path, language):
+    """(line, source) of each fenced block of a language."""
+    text = path.read_text()
+    found = []
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        found.append((text.count("\n", 0, match.start()) + 2, match.group(1)))
+    return found
+
+
+EXAMPLES = [p for p in DOCUMENTS if blocks(p, "python")]
+
+
+def run_python(path, folder, monkeypatch):
+    """The blocks of a document in their order and in one namespace, as a reader would run them."""
+    monkeypatch.chdir(folder)  # examples write files
+    torch.manual_seed(0)
+    # A file, because TorchScript reads sources; its line numbers are those of the document.
+    file = folder / f"example_{path.stem}.py"
+    lines = [""] * len(path.read_text().splitlines())
+    for line, source in blocks(path, "python"):
+        sources = source.splitlines()
+        lines[line - 1 : line - 1 + len(sources)] = sources
+    file.write_text("\n".join(lines) + "\n")
+    exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+
+
+def build_and_run(path, folder):
+    """Builds the project made of a document's cmake and cpp blocks; runs it in the folder."""
+    (folder / "CMakeLists.txt").write_text(blocks(path, "cmake")[0][1])
+    (folder / "main.cpp").write_text(blocks(path, "cpp")[0][1])
+    drop = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "CMAKE_PREFIX_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in drop}
+    if shutil.which("ccache"):
+        environment |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CCACHE_NOHASHDIR": "1"}
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}"
+    (program,) = re.findall(r"add_executable\((\w+)", blocks(path, "cmake")[0][1])
+    commands = [
+        [cmake, "-GNinja", "-S", folder, "-B", folder / "build", prefix],
+        [cmake, "--build", folder / "build"],
+        [folder / "build" / program],
+    ]
+    for command in commands:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+        assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[p.name for p in EXAMPLES])
+def test_examples_run(path, tmp_path, monkeypatch):
+    run_python(path, tmp_path, monkeypatch)
+    if blocks(path, "cpp"):
+        assert build_and_run(path, tmp_path).strip()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{path.name}: {target} is not there"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{path.name}: {target} names no heading"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_named_source_files_exist(path):
+    """A path in code font is a path of this tree."""
+    pattern = r"`((?:csrc|benchmarks|tests|tools|torch_selfattn|docs|examples|cmake)/[\w./]+\.\w+)`"
+    for name in re.findall(pattern, path.read_text()):
+        assert (ROOT / name).exists(), f"{path.name}: there is no {name}"
