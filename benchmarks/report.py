@@ -1,10 +1,10 @@
 """Tables and pictures of what bench.py wrote.
 
-    python benchmarks/report.py benchmarks/results/cpu.jsonl --images docs/images
-    python benchmarks/report.py benchmarks/results/cpu.jsonl --readme README.md
+    python benchmarks/report.py benchmarks/results/*.jsonl --images docs/images
+    python benchmarks/report.py benchmarks/results/*.jsonl --update README.md docs/benchmarks.md
 
-Every figure in the README comes from here: --readme replaces what stands between the lines
-`<!-- benchmarks: begin -->` and `<!-- benchmarks: end -->`.
+Every measured figure in the documents comes from here: --update replaces what stands between the
+lines `<!-- benchmarks: NAME -->` and `<!-- end -->`, NAME being `summary` or `tables`.
 """
 
 import argparse
@@ -24,29 +24,37 @@ Record = dict[str, Any]
 COLOURS = {"ours": "#0072B2", "eager": "#D55E00", "compile": "#E69F00", "keras": "#999999"}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "keras": "Keras' formula"}
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PEERS = {"dot": ("sdpa",), "additive": ("compile", "eager"), "multi_head": ("mha",)}
+OPS = {
+    "dot": "Dot product against `F.scaled_dot_product_attention`",
+    "additive": "Additive score against its composition",
+    "multi_head": "`multi_head_attention` against `nn.MultiheadAttention`",
+}
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Record], list[Record]]:
-    """Environments and measurements; of a measurement that was repeated, the last."""
+    """Environments and results; of one that was repeated, the last."""
     environments: list[Record] = []
-    measurements: dict[tuple[str, ...], Record] = {}
+    results: dict[str, Record] = {}
     for path in paths:
         for line in path.read_text().splitlines():
             record = json.loads(line)
             if record["type"] == "environment":
                 environments.append(record)
-            elif record["type"] == "measurement":
-                keys = ("label", "dtype", "device", "pass", "candidate")
-                key = (record["problem"]["op"], *(str(record[k]) for k in keys))
-                measurements[key] = record
-    return environments, list(measurements.values())
+                continue
+            identity = ("type", "problem", "dtype", "device", "threads", "pass", "candidate")
+            results[str([record.get(k) for k in identity])] = record
+    return environments, list(results.values())
+
+
+def measurements(records: Iterable[Record]) -> list[Record]:
+    return [r for r in records if r["type"] == "measurement"]
 
 
 def select(records: Iterable[Record], op: str, one_pass: str | None = None) -> list[Record]:
     return [
         r
-        for r in records
+        for r in measurements(records)
         if r["problem"]["op"] == op and (one_pass is None or r["pass"] == one_pass)
     ]
 
@@ -56,45 +64,99 @@ def milliseconds(record: Record | None) -> str:
         return ""
     if "seconds" not in record:
         return "does not fit" if "memory" in record.get("reason", "") else record["status"]
-    value = 1e3 * record["seconds"]["median"]
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{1e3 * record['seconds']['median']:#.3g}".rstrip(".")
 
 
-def table(records: list[Record], op: str, candidates: list[str]) -> list[str]:
-    """Markdown: one line per problem and pass, milliseconds and the speed-up."""
-    names = {"sdpa": "SDPA", "mha": "nn.MultiheadAttention", **NAMES}
+def table(records: list[Record], op: str) -> list[str]:
+    """One line per problem and pass: milliseconds, and ours against the fastest of all peers."""
+    names = {"ours": "ours", "sdpa": "SDPA", "mha": "nn.MultiheadAttention", **NAMES}
+    candidates = ["ours", *PEERS[op]]
     lines = [
-        "| " + " | ".join(["", "", *(names.get(c, c) for c in candidates), "faster by"]) + " |",
+        "| " + " | ".join(["", "", *(names[c] for c in candidates), "speed-up"]) + " |",
         "|---|---|" + "--:|" * (len(candidates) + 1),
     ]
-    cells: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in select(records, op):
-        cells.setdefault((record["label"], record["pass"]), {})[record["candidate"]] = record
-    for (label, one_pass), row in cells.items():
+    for (label, one_pass), row in _rows(records, op).items():
         speedup = row.get("ours", {}).get("speedup")
-        lines.append(
-            f"| {label} | {TITLES[one_pass]} | "
-            + " | ".join(milliseconds(row.get(c)) for c in candidates)
-            + f" | {'' if speedup is None else f'{speedup:.2g}x'} |"
+        cells = [milliseconds(row.get(c)) for c in candidates]
+        cells.append("" if speedup is None else f"{speedup:.2g}x")
+        if any(cells):
+            lines.append(f"| {label} | {TITLES[one_pass]} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def memory_table(records: list[Record]) -> list[str]:
+    """Peak memory of ours beside what inputs and results take by themselves."""
+    lines = ["| | | on top of the inputs | all / (inputs and results) |", "|---|---|--:|--:|"]
+    for r in measurements(records):
+        memory = r.get("memory", {})
+        if r["candidate"] == "ours" and "peak_bytes" in memory:
+            everything = memory["input_bytes"] + memory["peak_bytes"]
+            ratio = everything / (memory["input_bytes"] + memory["result_bytes"])
+            mib = memory["peak_bytes"] / 2**20
+            title = f"{r['problem']['op']} {r['label']} | {TITLES[r['pass']]}"
+            lines.append(f"| {title} | {mib:.1f} MiB | {ratio:.2f} |")
+    return lines if len(lines) > 2 else []
+
+
+def summary(records: list[Record]) -> list[str]:
+    """Ours and its fastest peer by length, of the shape that was measured at most lengths."""
+    timed = [r for r in records if r["candidate"] == "ours" and "speedup" in r and _square(r)]
+    shapes = [_shape(r) for r in timed]
+    timed = [r for r in timed if _shape(r) == max(shapes, key=shapes.count)]
+    lengths = sorted({r["problem"]["key_length"] for r in timed})
+    rows: dict[str, dict[int, str]] = {}
+    names = {"sdpa": "SDPA", "compile": "compile", "eager": "eager", "keras": "Keras' formula"}
+    for r in timed:
+        score = "dot product" if r["problem"]["op"] == "dot" else r["problem"]["op"]
+        title = f"{score}{', causal' if r['problem']['causal'] else ''}, {TITLES[r['pass']]}"
+        ours = 1e3 * r["seconds"]["median"]
+        rows.setdefault(title, {})[r["problem"]["key_length"]] = (
+            f"{ours:.3g} / {ours * r['speedup']:.3g} {names[r['best_peer']]}: "
+            f"**{r['speedup']:.2g}x**"
         )
-    return lines
-
-
-def markdown(environments: list[Record], records: list[Record]) -> str:
-    """The tables, with the machine and the versions they were measured on."""
-    sections = [
-        ("dot", ["ours", "sdpa"], "Dot product against `F.scaled_dot_product_attention`"),
-        ("additive", ["ours", "compile", "eager"], "Additive score against its composition"),
-        ("multi_head", ["ours", "mha"], "`multi_head_attention` against `nn.MultiheadAttention`"),
+    if not rows:
+        return []
+    heads, head_dim = _shape(timed[0])
+    head = [f"ms, {heads} heads of {head_dim}, {_where(timed)}", *(f"L = {n}" for n in lengths)]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---|" * len(lengths),
+        *(
+            f"| {title} | " + " | ".join(row.get(n, "") for n in lengths) + " |"
+            for title, row in rows.items()
+        ),
     ]
+
+
+def sources(environments: list[Record]) -> str:
+    """Machines and versions, one paragraph for all runs that differ in time and load only."""
+    seen: dict[str, str] = {}
+    for e in environments:
+        text = in_words(e).replace("\n", "; ")
+        key = str({k: v for k, v in e.items() if k not in ("time", "load", "set")})
+        seen.setdefault(key, text)
+    return "\n\n".join(seen.values())
+
+
+def documents(environments: list[Record], records: list[Record]) -> dict[str, str]:
+    """The texts that --update inserts, by name."""
     blocks = []
-    for op, candidates, title in sections:
-        if select(records, op):
-            blocks.append(
-                "\n".join([f"{title}, milliseconds:", "", *table(records, op, candidates)])
-            )
-    blocks.append("\n\n".join(dict.fromkeys(in_words(e).replace("\n", "; ") for e in environments)))
-    return "\n\n".join(blocks)
+    for op, title in OPS.items():
+        lines = table(records, op)
+        if lines:
+            blocks.append("\n".join([f"{title}, milliseconds (median):", "", *lines]))
+    lines = memory_table(records)
+    if lines:
+        blocks.append("\n".join(["Peak memory:", "", *lines]))
+    imports = [r for r in records if r["type"] == "import"]
+    if imports:
+        seconds = imports[-1]["seconds"]["median"]
+        blocks.append(f"`import torch_selfattn` takes {seconds:.2f} s beyond `import torch`.")
+    where = sources(environments)
+    return {
+        "summary": "\n".join(summary(measurements(records))) + f"\n\n{where}",
+        "tables": "\n\n".join([*blocks, where]),
+    }
 
 
 def draw_additive(records: list[Record], path: Path) -> bool:
@@ -167,12 +229,19 @@ def draw_speedup(records: list[Record], path: Path) -> bool:
             axis.text(ratio, y, f" {ratio:.2g}", va="center", fontsize=8)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axis.set_xlabel("times faster than F.scaled_dot_product_attention")
+    axis.set_xlabel("speed-up over F.scaled_dot_product_attention")
     axis.set_title(f"Dot-product attention, {_where(timed)}")
-    axis.legend(frameon=False, loc="best")
-    axis.margins(x=0.1)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
     return True
+
+
+def _rows(records: list[Record], op: str) -> dict[tuple[str, str], dict[str, Record]]:
+    """(label, pass): candidate: record."""
+    rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in select(records, op):
+        rows.setdefault((record["label"], record["pass"]), {})[record["candidate"]] = record
+    return rows
 
 
 def _shape(record: Record) -> tuple[int, int]:
@@ -181,6 +250,18 @@ def _shape(record: Record) -> tuple[int, int]:
 
 def _plain(record: Record) -> bool:
     return not record["problem"]["causal"] and not record["problem"]["mask"]
+
+
+def _square(record: Record) -> bool:
+    """One sequence attending to itself, without a mask or grouped heads."""
+    p = record["problem"]
+    return (
+        p["op"] != "multi_head"
+        and p["batch"] == 1
+        and p["query_length"] == p["key_length"]
+        and not p["mask"]
+        and not p["kv_heads"]
+    )
 
 
 def _where(records: list[Record]) -> str:
@@ -197,12 +278,19 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def update_readme(readme: Path, text: str) -> None:
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{readme} has no lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def update(path: Path, texts: dict[str, str]) -> None:
+    content = path.read_text()
+    found = False
+    for name, text in texts.items():
+        begin, end = f"<!-- benchmarks: {name} -->", "<!-- end -->"
+        before, opened, rest = content.partition(begin)
+        _, closed, after = rest.partition(end)
+        if opened and closed:
+            content = f"{before}{begin}\n{text}\n{end}{after}"
+            found = True
+    if not found:
+        raise SystemExit(f"{path} has no lines <!-- benchmarks: NAME --> and <!-- end -->")
+    path.write_text(content)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,13 +299,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--images", type=Path, help="folder for the pictures")
-    parser.add_argument("--readme", type=Path, help="file in which to replace the tables")
+    parser.add_argument("--update", nargs="+", type=Path, default=[], help="documents")
     options = parser.parse_args(arguments)
     environments, records = read(options.results)
-    text = markdown(environments, records)
-    print(text)
-    if options.readme:
-        update_readme(options.readme, text)
+    texts = documents(environments, records)
+    print(f"{texts['summary']}\n\n{texts['tables']}")
+    for path in options.update:
+        update(path, texts)
     if options.images:
         import matplotlib
 

@@ -205,18 +205,32 @@ def test_times_are_interleaved():
     assert timed == ["a", "b"] * measure.MIN_SAMPLES
 
 
-def test_report(tmp_path, capsys):
-    """From a sample: a table for the README, and two pictures."""
+def test_report(tmp_path):
+    """From a sample: tables for the documents, and two pictures."""
     pytest.importorskip("matplotlib")
     sample = Path(__file__).with_name("data") / "bench_sample.jsonl"
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(sample), "--images", str(tmp_path), "--readme", str(readme)])
+    readme.write_text(
+        "before\n<!-- benchmarks: summary -->\nold\n<!-- end -->\nbetween\n"
+        "<!-- benchmarks: tables -->\n<!-- end -->\nafter\n"
+    )
+    report.main([str(sample), "--images", str(tmp_path), "--update", str(readme)])
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text and text.count("between") == 1
+    assert "| additive, forward | 2 / 4 compile: **2x** | 40 / 80 compile: **2x** |" in text
     assert "| B1 H8 L128 D64 | forward | 2.00 | 4.00 | 20.0 | 2x |" in text
     assert "| B1 H8 L512 D64 | forward | 40.0 | 80.0 | does not fit | 2x |" in text
-    assert "some processor" in text and "commit 0123456789" in text
+    assert "| additive B1 H8 L512 D64 | forward | 3.0 MiB | 1.50 |" in text
+    assert "takes 0.12 s beyond" in text
+    assert text.count("some processor") == 2 and "commit 0123456789" in text
     for name in ("additive_time.png", "dot_speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_report_refuses_a_document_without_its_place(tmp_path):
+    sample = Path(__file__).with_name("data") / "bench_sample.jsonl"
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(SystemExit, match="has no lines"):
+        report.main([str(sample), "--update", str(tmp_path / "README.md")])

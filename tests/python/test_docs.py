@@ -65,7 +65,13 @@ def build_and_run(path, folder):
     return run.stdout
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[p.name for p in EXAMPLES])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if blocks(p, "cpp") else [])
+        for p in EXAMPLES
+    ],
+)
 def test_examples_run(path, tmp_path, monkeypatch):
     run_python(path, tmp_path, monkeypatch)
     if blocks(path, "cpp"):
