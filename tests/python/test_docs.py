@@ -1,4 +1,4 @@
-"""Every Python example of the README and of docs/ runs, every link leads somewhere."""
+"""Every Python and C++ example of the README and of docs/ runs. (make lint checks the links.)"""
 
 import os
 import re
@@ -14,7 +14,7 @@ import torch_selfattn
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if p.exists())
-IDS = [p.name for p in DOCUMENTS]
+IDS = [str(p.relative_to(ROOT)) for p in DOCUMENTS]
 
 
 def blocks(path, language):
@@ -68,7 +68,9 @@ def build_and_run(path, folder):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if blocks(p, "cpp") else [])
+        pytest.param(
+            p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if blocks(p, "cpp") else []
+        )
         for p in EXAMPLES
     ],
 )
@@ -76,21 +78,6 @@ def test_examples_run(path, tmp_path, monkeypatch):
     run_python(path, tmp_path, monkeypatch)
     if blocks(path, "cpp"):
         assert build_and_run(path, tmp_path).strip()
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
-def test_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"https?://", target):
-            continue
-        file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
-        assert linked.exists(), f"{path.name}: {target} is not there"
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
-            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
-            assert anchor in slugs, f"{path.name}: {target} names no heading"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
