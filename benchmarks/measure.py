@@ -98,9 +98,11 @@ def peak_bytes_here(function: Callable[[], Any], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _resident("VmRSS")
+    anonymous, file = _resident("RssAnon"), _resident("RssFile")
     result = function()
-    peak = _resident("VmHWM") - before
+    # Where memory is short the system drops pages of files (libraries) meanwhile, which would hide
+    # as much of what was allocated: take the smaller number of them.
+    peak = _resident("VmHWM") - anonymous - min(file, _resident("RssFile"))
     del result
     return peak
 
