@@ -7,10 +7,10 @@
 # has no such instructions the file is left out, so the list of implementations refers to it under
 # `#if defined(__x86_64__)`.
 #
-# The order of the objects matters. An inline function of a shared header that is not in the
-# wrapper's namespace may be emitted by several objects, and the linker keeps the first copy. With
-# the baseline first, then the instruction sets from the smallest on, no copy with AVX-512
-# instructions ever stands in for one that an older CPU runs.
+# The order at the link matters. An inline function of a shared header that is not in the wrapper's
+# namespace may be emitted by several objects, and the linker keeps the first copy. The wrappers are
+# in an archive, which the linker reads after all objects, and there the smallest instruction set
+# comes first: so no copy with AVX-512 instructions ever stands in for one that an older CPU runs.
 set(TORCH_SELFATTN_ISAS avx2 avx512 avx512bf16 amx)
 set(TORCH_SELFATTN_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(TORCH_SELFATTN_FLAGS_avx512 ${TORCH_SELFATTN_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl
@@ -33,5 +33,14 @@ function(add_cpu_kernels target)
       endif()
     endif()
   endforeach()
-  add_library(${target} OBJECT ${sources} ${isa_sources})
+  add_library(${target} OBJECT ${sources})
+  if(isa_sources)
+    add_library(${target}_isa STATIC ${isa_sources})
+    target_link_libraries(${target} INTERFACE ${target}_isa)
+    # What is asked of the one holds for the other.
+    foreach(property INCLUDE_DIRECTORIES COMPILE_FEATURES)
+      set_target_properties(${target}_isa PROPERTIES ${property}
+                                                     "$<TARGET_PROPERTY:${target},${property}>")
+    endforeach()
+  endif()
 endfunction()
