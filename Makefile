@@ -91,8 +91,9 @@ format: $(ENVIRONMENT) ## rewrite all sources in the project's format
 	@clang-format -i $(CPP_FILES)
 
 .PHONY: docs
-docs: $(ENVIRONMENT) ## check the links and the Python code of the documentation
+docs: build ## check the links of the documentation and run its examples
 	@$(PY) tools/check_docs.py
+	@$(RUN) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(ROOT)/tests/python/test_docs.py
 
 .PHONY: clean
 clean: ## remove what was built; the environments stay
