@@ -1,0 +1,364 @@
+// Every implementation by its name against the reference, forward and backward.
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "catch2_any.h"
+#include "kernels/cpu/attention_case.h"
+
+namespace {
+
+using namespace torch_selfattn::kernels;
+using namespace torch_selfattn::kernels::testing;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Of the largest element. In 16 bits it is the rounding of the results and, in backward, of the
+// output that was saved; in float32 the sum over a few hundred elements.
+double tolerance(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 1e-13;
+    case DType::kFloat32: return 8e-6;
+    case DType::kFloat16: return 3e-3;
+    case DType::kBFloat16: return 2e-2;
+  }
+  return 0.0;
+}
+
+// Scores of some hundreds: the lse is saved in the result's precision, and its rounding error is
+// one of the weights in backward.
+double tolerance(const Case& c) {
+  return c.amplitude > 5.0 ? std::max(100.0 * tolerance(c.dtype), 3e-4) : tolerance(c.dtype);
+}
+
+void check(const Results& got, const Results& expected, double tolerance) {
+  CHECK(relative_error(got.out, expected.out) < tolerance);
+  CHECK(relative_error(got.lse, expected.lse) < tolerance);
+  CHECK(relative_error(got.grad_query, expected.grad_query) < tolerance);
+  CHECK(relative_error(got.grad_key, expected.grad_key) < tolerance);
+  CHECK(relative_error(got.grad_value, expected.grad_value) < tolerance);
+  CHECK(relative_error(got.grad_weight, expected.grad_weight) < tolerance);
+  CHECK(relative_error(got.grad_mask, expected.grad_mask) < tolerance);
+}
+
+// Bits, so that NaN equals NaN.
+bool identical(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+bool identical(const Results& a, const Results& b) {
+  return identical(a.out, b.out) && identical(a.lse, b.lse) &&
+         identical(a.grad_query, b.grad_query) && identical(a.grad_key, b.grad_key) &&
+         identical(a.grad_value, b.grad_value) && identical(a.grad_weight, b.grad_weight) &&
+         identical(a.grad_mask, b.grad_mask);
+}
+
+// The implementations under test that run here, and the reference's results for one instance.
+template <typename Check>
+void for_each_implementation(Instance& instance, Check&& check_one) {
+  const Results expected = instance.run(implementation("reference"), threads(1));
+  for (const cpu::AttentionImplementation& candidate : cpu::attention_implementations()) {
+    const std::string name = candidate.name;
+    if (name == "reference" || candidate.not_supported(instance.problem) != nullptr) continue;
+    INFO(name << ", " << instance.c_.score_name() << ", dtype "
+              << static_cast<int>(instance.c_.dtype) << ", " << instance.c_.name);
+    check_one(candidate, expected);
+  }
+}
+
+template <typename Change>
+Case make(const char* name, Change&& change) {
+  Case c;
+  c.name = name;
+  change(c);
+  return c;
+}
+
+std::vector<Case> problems() {
+  return {
+      make("plain", [](Case&) {}),
+      make("whole vectors",
+           [](Case& c) {
+             c.query_length = 64, c.key_length = 128, c.head_dim = 32, c.value_dim = 64;
+           }),
+      make("several blocks",
+           [](Case& c) {
+             c.batch = c.heads = c.kv_heads = 1;
+             c.query_length = 203, c.key_length = 701, c.head_dim = 32, c.value_dim = 16;
+           }),
+      make("one query", [](Case& c) { c.query_length = 1, c.key_length = 2100, c.batch = 1; }),
+      make("one key", [](Case& c) { c.key_length = 1, c.grad_lse = true; }),
+      make("causal", [](Case& c) { c.query_length = c.key_length = 150, c.window_right = 0; }),
+      make("window",
+           [](Case& c) {
+             c.query_length = c.key_length = 150;
+             c.window_left = 20, c.window_right = 5, c.query_offset = -30;
+           }),
+      make("left window", [](Case& c) { c.key_length = 300, c.window_left = 3; }),
+      make("lengths, starts, offsets",
+           [](Case& c) {
+             c.key_lengths = {0, 40}, c.key_starts = {0, 7}, c.query_offsets = {3, -5};
+             c.window_right = 9;
+           }),
+      make("grouped heads", [](Case& c) { c.heads = 6, c.weight_per_head = true; }),
+      make("one key head", [](Case& c) { c.heads = 3, c.kv_heads = 1, c.window_right = 0; }),
+      make("(B, L, H, D) in memory",
+           [](Case& c) { c.layout = Layout::kLengthFirst, c.head_dim = 32, c.value_dim = 48; }),
+      make("strided", [](Case& c) { c.layout = Layout::kStrided; }),
+      make("reversed", [](Case& c) { c.layout = Layout::kReversed; }),
+      make("expanded", [](Case& c) { c.layout = Layout::kExpanded; }),
+      make("boolean mask with empty rows",
+           [](Case& c) { c.mask = MaskKind::kBool, c.mask_probability = 0.3, c.key_length = 5; }),
+      make("boolean mask over keys",
+           [](Case& c) { c.mask = MaskKind::kBool, c.mask_full[1] = c.mask_full[2] = false; }),
+      make("transposed boolean mask",
+           [](Case& c) { c.mask = MaskKind::kBool, c.mask_transposed = true; }),
+      make("mask", [](Case& c) { c.mask = MaskKind::kFloat; }),
+      make("mask of the inputs' dtype",
+           [](Case& c) { c.mask = MaskKind::kFloat, c.mask_dtype = c.dtype, c.window_right = 4; }),
+      make("mask (Lq, Lk)",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[1] = false;
+             c.batch = 5, c.heads = c.kv_heads = 3;
+           }),
+      make("mask (H, Lq, Lk)",
+           [](Case& c) { c.mask = MaskKind::kFloat, c.mask_full[0] = false, c.batch = 7; }),
+      make("mask (B, 1, 1, Lk)",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_full[1] = c.mask_full[2] = false, c.heads = 4;
+             c.mask_transposed = true;
+           }),
+      // Its gradient is 0 but for that of the lse.
+      make("mask (H, Lq, 1)",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[3] = false;
+             c.key_length = 600, c.grad_lse = true;
+           }),
+      make("gradient of lse", [](Case& c) { c.grad_lse = true; }),
+      make("dropout", [](Case& c) { c.dropout = 0.3, c.grad_lse = true; }),
+      make("all dropped", [](Case& c) { c.dropout = 1.0, c.grad_lse = true; }),
+      make("negative scale", [](Case& c) { c.scale = -0.7; }),
+      make("large scores", [](Case& c) { c.amplitude = 20.0; }),
+      make("large dimensions", [](Case& c) { c.head_dim = 300, c.value_dim = 259; }),
+      make("dimensions of one", [](Case& c) { c.head_dim = 1, c.value_dim = 1; }),
+      make("no keys", [](Case& c) { c.key_length = 0; }),
+      make("no queries", [](Case& c) { c.query_length = 0; }),
+      make("no elements", [](Case& c) { c.head_dim = 0, c.value_dim = 0; }),
+      make("no batch", [](Case& c) { c.batch = 0; }),
+  };
+}
+
+// Additive scores grow with the head dim and with |w|, and their rounding error with them.
+double scaled_tolerance(const Case& c) {
+  const bool additive = c.score == ScoreKind::kAdditive;
+  return tolerance(c) * (additive && c.head_dim > 100 ? 5.0 : 1.0);
+}
+
+}  // namespace
+
+TEST_CASE("implementations agree with the reference") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    for (const DType dtype :
+         {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+      for (Case c : problems()) {
+        const bool mask_of_inputs = c.name == "mask of the inputs' dtype";
+        c.score = score;
+        c.dtype = dtype;
+        if (mask_of_inputs) c.mask_dtype = dtype;
+        Instance instance(c);
+        for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+          check(instance.run(candidate, threads(2)), expected, scaled_tolerance(c));
+        });
+      }
+    }
+  }
+}
+
+TEST_CASE("sizes around the tiles agree with the reference") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    for (const std::int64_t query_length : {2, 7, 8, 9, 63, 65, 129}) {
+      for (const std::int64_t key_length : {2, 15, 17, 31, 33, 127, 129, 257}) {
+        Case c;
+        c.name = std::to_string(query_length) + " x " + std::to_string(key_length);
+        c.score = score;
+        c.batch = 1, c.heads = c.kv_heads = 1;
+        c.query_length = query_length, c.key_length = key_length;
+        c.head_dim = 5 + query_length % 13, c.value_dim = 3 + key_length % 17;
+        c.window_right = (query_length + key_length) % 2 == 0 ? 3 : -1;
+        c.query_offset = key_length - query_length;
+        Instance instance(c);
+        for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+          check(instance.run(candidate, threads(1)), expected, tolerance(c));
+        });
+      }
+    }
+  }
+}
+
+TEST_CASE("results do not depend on the number of threads") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    for (Case c : {make("one long head",
+                        [](Case& c) {
+                          c.batch = c.heads = c.kv_heads = 1;
+                          c.query_length = 150, c.key_length = 2200, c.head_dim = c.value_dim = 8;
+                        }),
+                   make("shared mask",
+                        [](Case& c) {
+                          c.batch = 3, c.key_length = 600, c.head_dim = c.value_dim = 8;
+                          c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[1] = false;
+                        }),
+                   make("grouped, causal, dropout", [](Case& c) {
+                     c.heads = 4, c.query_length = c.key_length = 140, c.window_right = 0;
+                     c.dropout = 0.2, c.grad_lse = true;
+                   })}) {
+      c.score = score;
+      Instance instance(c);
+      for (const cpu::AttentionImplementation& candidate : cpu::attention_implementations()) {
+        if (candidate.not_supported(instance.problem) != nullptr) continue;
+        INFO(candidate.name << ", " << c.score_name() << ", " << c.name);
+        const Results first = instance.run(candidate, threads(1));
+        for (const int count : {1, 2, 3}) {
+          CHECK(identical(instance.run(candidate, threads(count)), first));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("NaN and inf at keys that no query sees do not leak") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    for (const double poison : {kNaN, kInfinity, -kInfinity}) {
+      for (const bool by_mask : {false, true}) {
+        Case c;
+        c.name = by_mask ? "mask" : "key_lengths";
+        c.score = score;
+        c.query_length = 37, c.key_length = 70;
+        if (by_mask) {
+          c.mask = MaskKind::kBool, c.mask_full[1] = c.mask_full[2] = false;
+        } else {
+          c.key_lengths = {40, 63};
+        }
+        Instance instance(c);
+        const auto allowed = [&](std::int64_t b, std::int64_t j) {
+          if (!by_mask) return j < c.key_lengths[static_cast<std::size_t>(b)];
+          const auto* mask = static_cast<const unsigned char*>(instance.problem.mask.data);
+          return mask[b * instance.problem.mask.stride[0] + j] != 0;
+        };
+        for (const cpu::AttentionImplementation& candidate : cpu::attention_implementations()) {
+          if (candidate.not_supported(instance.problem) != nullptr) continue;
+          INFO(candidate.name << ", " << c.score_name() << ", " << c.name << ", " << poison);
+          Instance clean(c);
+          const Results expected = clean.run(candidate, threads(1));
+          Instance poisoned(c);
+          for (Tensor* tensor : {&poisoned.key, &poisoned.value}) {
+            for (std::int64_t b = 0; b < c.batch; ++b) {
+              for (std::int64_t j = 0; j < c.key_length; ++j) {
+                if (!allowed(b, j)) tensor->set(b, 1, j, j % 24, poison);
+              }
+            }
+          }
+          const Results got = poisoned.run(candidate, threads(1));
+          CHECK(relative_error(got.out, expected.out) < 1e-6);
+          CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+          CHECK(relative_error(got.grad_query, expected.grad_query) < 3e-6);
+          CHECK(relative_error(got.grad_key, expected.grad_key) < 3e-6);
+          CHECK(relative_error(got.grad_value, expected.grad_value) < 3e-6);
+          CHECK(relative_error(got.grad_weight, expected.grad_weight) < 3e-6);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a NaN stays with the rows and keys that see it") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    Case c;
+    c.name = "causal with NaN";
+    c.score = score;
+    c.query_length = c.key_length = 70, c.window_left = 30, c.window_right = 0;
+    Instance instance(c);
+    instance.query.set(0, 1, 20, 3, kNaN);
+    instance.key.set(1, 0, 45, 2, kNaN);
+    instance.value.set(1, 1, 60, 5, kNaN);
+    instance.grad_out.set(0, 0, 5, 5, kNaN);
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      check(instance.run(candidate, threads(2)), expected, tolerance(c));
+    });
+  }
+}
+
+TEST_CASE("scores that overflow give no NaN") {
+  for (const double amplitude : {1e19, 1e25, 3e37}) {
+    Case c;
+    c.name = "overflow";
+    c.query_length = 9, c.key_length = 40, c.head_dim = 1;  // no ties but at the limit
+    Instance instance(c);
+    instance.query.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 3 - 1.0); });
+    instance.key.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 5 - 2.0) / 2.0; });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      // The sign of a score is exact, so is the set of keys at the limit.
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < 1e-5);
+      CHECK(relative_error(got.lse, expected.lse) < 1e-5);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
+      for (const auto* grad : {&got.grad_query, &got.grad_key}) {
+        for (const double x : *grad) CHECK_FALSE(std::isnan(x));
+      }
+    });
+  }
+  SECTION("sums that overflow both ways") {
+    Case c;
+    c.name = "cancelling";
+    c.query_length = 4, c.key_length = 6, c.head_dim = 4;
+    Instance instance(c);
+    instance.query.fill([](auto...) { return 1e20; });
+    instance.key.fill([](auto, auto, auto, auto d) { return d % 2 == 0 ? 1e20 : -1e20; });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < 1e-5);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
+    });
+  }
+}
+
+TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one") {
+  Case c;
+  c.name = "finfo.min";
+  c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
+  Instance instance(c);
+  auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
+  const auto row = static_cast<std::int64_t>(c.key_length);
+  for (std::int64_t n = 0; n < row; ++n) mask[n] = -std::numeric_limits<float>::max();
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(1));
+    CHECK(relative_error(got.out, expected.out) < 1e-5);
+    CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
+    CHECK(relative_error(got.grad_query, expected.grad_query) < 1e-5);
+  });
+}
+
+TEST_CASE("the additive score keeps its accuracy far from 0") {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const double offset : {0.0, 12.0, 31.0, 40.0, 300.0}) {
+      for (const double amplitude : {0.1, 4.0, 30.0, 1e4}) {
+        Case c;
+        c.name = "offset " + std::to_string(offset) + ", amplitude " + std::to_string(amplitude);
+        c.score = ScoreKind::kAdditive;
+        c.dtype = dtype;
+        c.query_length = 13, c.key_length = 45, c.offset = offset, c.amplitude = amplitude;
+        Instance instance(c);
+        for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+          const Results got = instance.run(candidate, threads(1));
+          const double limit = dtype == DType::kFloat64 ? 1e-12 : 1e-5;
+          CHECK(relative_error(got.out, expected.out) < limit);
+          CHECK(relative_error(got.lse, expected.lse) < limit);
+          CHECK(relative_error(got.grad_query, expected.grad_query) < 3 * limit);
+          CHECK(relative_error(got.grad_key, expected.grad_key) < 3 * limit);
+          CHECK(relative_error(got.grad_weight, expected.grad_weight) < limit);
+        });
+      }
+    }
+  }
+}
