@@ -24,6 +24,7 @@
 // Bound: FMA (dot product), FMA and division (additive).
 //
 // If a result is not finite the task is run again carefully, as in forward.h.
+// Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename T, template <typename> typename GradientOf>

@@ -25,8 +25,8 @@ std::optional<torch::jit::Module> load_model(const std::string& path) {
     model.eval();
     return model;
   } catch (const c10::Error& error) {
-    std::cerr << "error: " << path << " is not a TorchScript model: "
-              << error.what_without_backtrace() << '\n';
+    std::cerr << "error: " << path
+              << " is not a TorchScript model: " << error.what_without_backtrace() << '\n';
     return std::nullopt;
   }
 }
@@ -54,7 +54,8 @@ std::optional<std::vector<std::string>> pronounce(torch::jit::Module& model,
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::cerr << "usage: " << argv[0] << " MODEL.pt WORD...   (- reads words from standard input)\n";
+    std::cerr << "usage: " << argv[0]
+              << " MODEL.pt WORD...   (- reads words from standard input)\n";
     return 2;
   }
   auto model = load_model(argv[1]);
