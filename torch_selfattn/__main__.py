@@ -8,7 +8,7 @@ import torch
 import torch_selfattn
 from torch_selfattn import _C
 
-# Typical problems: name, dtype, score, head dim, then what explain() is asked.
+# The problem that explain() is asked about.
 _HEAD_DIM = 64
 _LENGTH = 256
 

@@ -282,10 +282,15 @@ class MultiHeadAttention(nn.Module):
         """key (B, Lk, kdim), value (B, Lk, vdim) -> both (B, Hk, Lk, head dim), projected, the key
         rotated; row l stands at position l, or key_offsets[b] + l."""
         e, kv = self.embed_dim, self.kv_embed_dim
-        _, k_weight, v_weight = self._split_weights()
-        k = self._heads(F.linear(key, k_weight, self._bias(e, e + kv)), self.num_kv_heads)
-        v_bias = self._bias(e + kv, e + 2 * kv)
-        v = self._heads(F.linear(value, v_weight, v_bias), self.num_kv_heads)
+        packed = self.in_proj_weight
+        if packed is not None and value is key:
+            both = F.linear(key, packed[e:], self._bias(e, e + 2 * kv))
+            k, v = both[..., :kv], both[..., kv:]
+        else:
+            _, k_weight, v_weight = self._split_weights()
+            k = F.linear(key, k_weight, self._bias(e, e + kv))
+            v = F.linear(value, v_weight, self._bias(e + kv, e + 2 * kv))
+        k, v = self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
         rotary = self.rotary
         if rotary is not None:
             if key_offsets is None:
