@@ -184,8 +184,9 @@ class BackwardKernel {
       copy_rows(rows_of(p_.dtype, p_.query, b, h, p_.head_dim), begin, end - begin,
                 query_ + (row0 + begin) * query_width_);
     }
-    if (copy_grad_out_)
+    if (copy_grad_out_) {
       copy_rows(grad, begin, end - begin, grad_out_ + (row0 + begin) * value_width_);
+    }
     for (std::int64_t i = begin; i < end; ++i) {
       Vec<T> sum{};
       for (std::int64_t d = 0; d < p_.value_dim; d += kLanes<T>) {
@@ -285,8 +286,9 @@ class BackwardKernel {
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
         const MutableMatrix dq = k.grad_query_matrix(b, h, group);
-        for (std::int64_t i = 0; i < p.query_length; ++i)
+        for (std::int64_t i = 0; i < p.query_length; ++i) {
           fill_zero(dq.data + i * dq.ld, k.query_width_);
+        }
         if (Gradient::kHasWeight) {
           double* const sums = weight_sums(b, h);
           for (std::int64_t d = 0; d < k.weight_size(); ++d) sums[d] = 0.0;

@@ -270,7 +270,7 @@ class ForwardKernel {
     // may not see but its group does.
     void softmax_row(Buffers& buffer, const KeyBlock& block, std::int64_t r, std::int64_t g,
                      Zeros zeros) {
-      constexpr int lanes = kLanes<T>;
+      constexpr std::int64_t lanes = kLanes<T>;
       const AttentionProblem& p = k.p_;
       const TileRanges& tile = *buffer.tile;
       T* const row = buffer.scores + r * k.score_ld_;
