@@ -1,5 +1,6 @@
 #include "ops/checks.h"
 
+#include <ATen/autocast_mode.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
@@ -59,9 +60,13 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
   TORCH_CHECK(q.device() == k.device() && q.device() == v.device(), op,
               ": Expected query, key, and value to have the same device type (got query=",
               q.device(), ", key=", k.device(), ", value=", v.device(), ")");
-  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), op,
-              ": Expected query, key, and value to have the same dtype (got query=", q.dtype(),
-              ", key=", k.dtype(), ", value=", v.dtype(), ")");
+  // Under autocast the public layer may see several dtypes: the forward operator's Autocast kernel
+  // brings them to one, and its own check comes after that.
+  const bool will_be_cast = at::autocast::is_autocast_enabled(q.device().type());
+  TORCH_CHECK(
+      will_be_cast || (q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type()),
+      op, ": Expected query, key, and value to have the same dtype (got query=", q.dtype(),
+      ", key=", k.dtype(), ", value=", v.dtype(), ")");
   TORCH_CHECK_NOT_IMPLEMENTED(is_supported_dtype(q.scalar_type()), op,
                               ": query must be float64, float32, float16 or bfloat16 (got ",
                               "query.dtype=", q.dtype(), ")");
@@ -76,7 +81,7 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
     TORCH_CHECK(w.device() == q.device(), op,
                 ": weight must be on the device of query (got query=", q.device(),
                 ", weight=", w.device(), ")");
-    TORCH_CHECK(w.scalar_type() == q.scalar_type(), op,
+    TORCH_CHECK(will_be_cast || w.scalar_type() == q.scalar_type(), op,
                 ": weight must have the dtype of query (got query=", q.dtype(),
                 ", weight=", w.dtype(), ")");
     TORCH_CHECK(w.dim() >= 1 && TORCH_GUARD_OR_FALSE(w.sym_size(-1).sym_eq(q.sym_size(-1))), op,
@@ -89,7 +94,7 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
                 ": attn_mask must be on the device of query (got query=", q.device(),
                 ", attn_mask=", mask.device(), ")");
     TORCH_CHECK(mask.scalar_type() == at::kBool || mask.scalar_type() == at::kFloat ||
-                    mask.scalar_type() == q.scalar_type(),
+                    mask.scalar_type() == q.scalar_type() || will_be_cast,
                 op,
                 ": Expected attn_mask dtype to be bool or float or to match query dtype (got "
                 "attn_mask=",

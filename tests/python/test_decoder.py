@@ -269,6 +269,16 @@ def test_compiled_steps_share_one_graph() -> None:
 
 
 @torch.no_grad()
+def test_autocast() -> None:
+    layer = make_layer("rotary", "one additive head", dtype=torch.float32)
+    x, memory = (t.float() for t in data(D))
+    parallel = layer(x, memory, tgt_is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = decode(layer, x, memory, [1] * L)
+    assert_same(out.float(), parallel, 0.2)
+
+
+@torch.no_grad()
 def test_errors() -> None:
     layer = make_layer()
     x, memory = data(D)
