@@ -227,11 +227,11 @@ CANDIDATES: dict[str, Candidate] = {
         not_supported=lambda problem: "masks are code for it" if problem.mask else "",
     ),
     "mha": Candidate(("multi_head",), _multi_head_module),
-    "eager": Candidate(("dot", "additive"), _eager, intermediate_bytes=_composition_bytes((2, 4))),
+    "eager": Candidate(("dot", "additive"), _eager, intermediate_bytes=_composition_bytes((2, 3))),
     "compile": Candidate(
         ("dot", "additive"), _compiled, intermediate_bytes=_composition_bytes((0, 2))
     ),
     "keras": Candidate(
-        ("additive",), _keras_formula, intermediate_bytes=_composition_bytes((2, 4))
+        ("additive",), _keras_formula, intermediate_bytes=_composition_bytes((2, 3))
     ),
 }
