@@ -51,30 +51,13 @@ void check_selection(const char* name, const Tensor& query, const OptionalTensor
               selection->device(), ")");
 }
 
-// t without the other elements of a dimension; a broadcast dimension stays.
 Tensor select(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
-  if (!selection.has_value() || TORCH_GUARD_OR_FALSE(t.sym_size(dim).sym_eq(1))) return t;
-  return at::index_select(t, dim, *selection);
+  return selection.has_value() ? at::index_select(t, dim, *selection) : t;
 }
 
-// The log-sum-exp over a single key is its score. So with the keys in the role of queries and one
-// row in the role of the key, the attention operator gives a row of scores: tanh(q + k) is
-// symmetric.
-Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& weight,
-                       std::optional<double> scale) {
-  const int64_t rows = query.sym_size(2).guard_int(__FILE__, __LINE__);
-  if (rows == 0) {
-    return at::full_symint({query.sym_size(0), query.sym_size(1), 0, key.sym_size(2)}, 0.0,
-                           query.options());
-  }
-  std::vector<Tensor> scores;
-  for (int64_t row = 0; row < rows; ++row) {
-    const Tensor one = query.narrow(2, row, 1);
-    scores.push_back(
-        std::get<1>(attention_forward(key, one, one, weight, std::nullopt, std::nullopt,
-                                      std::nullopt, std::nullopt, scale, 0.0, -1, -1, 0)));
-  }
-  return at::stack(scores, 2);  // (B, H, R, Lk)
+// A weight or mask, whose broadcast dimensions stay.
+Tensor select_unless_broadcast(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
+  return TORCH_GUARD_OR_FALSE(t.sym_size(dim).sym_eq(1)) ? t : select(t, dim, selection);
 }
 
 Tensor dot_scores(const Tensor& query, const Tensor& key, std::optional<double> scale) {
@@ -85,6 +68,25 @@ Tensor dot_scores(const Tensor& query, const Tensor& key, std::optional<double> 
   // Scores stay float32: autocast would round them to its dtype.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return at::matmul(query.to(dtype) * factor, key.to(dtype).transpose(-2, -1));
+}
+
+// The log-sum-exp over a single key is its score. So with the keys in the role of queries and one
+// row in the role of the key, the attention operator gives a row of scores: tanh(q + k) is
+// symmetric.
+Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& weight,
+                       std::optional<double> scale) {
+  const int64_t rows = query.sym_size(2).guard_int(__FILE__, __LINE__);
+  if (rows == 0) {  // no scores, but a gradient (zero) for everything
+    return dot_scores(query * weight.unsqueeze(-2), key, 1.0);
+  }
+  std::vector<Tensor> scores;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Tensor one = query.narrow(2, row, 1);
+    scores.push_back(
+        std::get<1>(attention_forward(key, one, one, weight, std::nullopt, std::nullopt,
+                                      std::nullopt, std::nullopt, scale, 0.0, -1, -1, 0)));
+  }
+  return at::stack(scores, 2);  // (B, H, R, Lk)
 }
 
 Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
@@ -118,12 +120,14 @@ Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
     chosen_key = repeat_heads(c.key, c.query.sym_size(1));
   }
 
-  Tensor scores = c.weight.has_value() ? additive_scores(chosen_query, chosen_key,
-                                                         select(*c.weight, 1, heads), scale)
-                                       : dot_scores(chosen_query, chosen_key, scale);
+  Tensor scores = c.weight.has_value()
+                      ? additive_scores(chosen_query, chosen_key,
+                                        select_unless_broadcast(*c.weight, 1, heads), scale)
+                      : dot_scores(chosen_query, chosen_key, scale);
   Tensor allowed = allowed_pairs(c.tensors(), c.options, rows.value_or(Tensor()));
   if (c.attn_mask.has_value()) {
-    const Tensor mask = select(select(*c.attn_mask, 1, heads), 2, rows);
+    const Tensor mask =
+        select_unless_broadcast(select_unless_broadcast(*c.attn_mask, 1, heads), 2, rows);
     const bool is_bool = mask.scalar_type() == at::kBool;
     const Tensor open = is_bool ? mask : mask.ne(-std::numeric_limits<double>::infinity());
     if (!is_bool) scores = scores + mask.masked_fill(open.logical_not(), 0.0);
