@@ -200,7 +200,9 @@ class Problem:
         if score == "additive":
             per_head = self.weight_per_head and self.rank >= 4
             shape = (self.heads(), self.query[-1]) if per_head else (self.query[-1],)
-            arguments["weight"] = randn(shape).to(device, dtype)
+            # Scores of size 1 for any head dim, as of the dot product.
+            size = min(1.0, 2.0 * self.query[-1] ** -0.5) if self.query[-1] > 0 else 1.0
+            arguments["weight"] = (randn(shape) * size).to(device, dtype)
         if self.mask is not None:
             arguments["attn_mask"] = self._mask(randn, dtype).to(device)
         for name in ("key_lengths", "key_starts", "query_offsets"):

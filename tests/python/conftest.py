@@ -1,16 +1,13 @@
 """What all tests share: one thread, a fixed seed, and a reason for each skipped GPU test."""
 
-import os
-
 import hypothesis
 import pytest
 import torch
 
-# The same examples in every run of CI; elsewhere new ones each time.
-hypothesis.settings.register_profile(
-    "torch_selfattn", deadline=None, derandomize="CI" in os.environ, print_blob=True
-)
-hypothesis.settings.load_profile("torch_selfattn")
+# The same examples in every run; `pytest --hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_configure() -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import tolerances
 import torch
-from attention_problems import BY_NAME, FEW, FEWEST, Problem, philox_dropout_factors
+from attention_problems import FEW, FEWEST, Problem, philox_dropout_factors
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -62,6 +62,37 @@ class Recorder(TorchDispatchMode):
             assert not kwargs
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One matrix for all heads and samples, stride 0."""
+    lead = x.dim() - 2
+    return x[(slice(0, 1),) * lead].expand(x.shape) if lead > 0 else x
+
+
+def with_offset(x: Tensor) -> Tensor:
+    """Not at the beginning of its storage, and not aligned."""
+    storage = torch.empty(x.numel() + 3, dtype=x.dtype, device=x.device)
+    return storage[3:].view(x.shape).copy_(x)
+
+
+def every_other(x: Tensor) -> Tensor:
+    return torch.stack((x, torch.full_like(x, float("nan"))), -1).flatten(-2)[..., ::2]
+
+
+def transposed(x: Tensor, a: int, b: int) -> Tensor:
+    return x.transpose(a, b).contiguous().transpose(a, b) if x.dim() >= -min(a, b) else x
+
+
+LAYOUTS = {
+    "heads inside": lambda x: transposed(x, -3, -2),
+    "columns outside": lambda x: transposed(x, -2, -1),
+    "batch inside": lambda x: transposed(x, -4, -1),
+    "every other column": every_other,
+    "rows beside NaN": lambda x: every_other(x.mT).mT if x.dim() > 1 else every_other(x),
+    "offset": with_offset,
+    "expanded": expanded,
+}
 
 
 class OperatorTester(ABC):
@@ -140,48 +171,71 @@ class OperatorTester(ABC):
         f = torch.jit.script(getattr(torch_selfattn, self.op))
         return lambda arguments: f(**arguments)
 
-    def grads(self, outputs: Any, inputs: list[Tensor], seed: int = 5) -> list[Tensor]:
-        """Gradients for random gradients of the outputs, rounded to the outputs' dtype; of the
-        log-sum-exp of a row without a key none is asked for."""
-        generator = torch.Generator().manual_seed(seed)
-        total = []
+    def grads(
+        self, outputs: Any, inputs: list[Tensor], dtype: torch.dtype = torch.float64
+    ) -> list[Tensor]:
+        """Gradients of the inputs for random gradients of the outputs, the same numbers in each
+        call, rounded to dtype; of the log-sum-exp of a row without a key none is asked for."""
+        generator = torch.Generator().manual_seed(5)
+        given = []
         for x in outputs:
-            g = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            total.append(g.to(self.grad_dtype).to(x.device, x.dtype))
+            g = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+            given.append(g.to(x.device, x.dtype))
         outputs = [x.where(x.detach().isfinite(), 0.0) for x in outputs]
-        grads = torch.autograd.grad(outputs, inputs, total, allow_unused=True)
+        grads = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
-    grad_dtype = torch.float64
+    def results(self, arguments: Arguments, call: Any = None) -> list[Tensor]:
+        """Outputs and gradients of one call after seed()."""
+        tensors, join = self.split(arguments)
+        inputs = [x.detach().requires_grad_() for x in tensors]
+        self.seed()
+        outputs = self.as_tuple((call or self.call)(join(inputs)))
+        return [*(x.detach() for x in outputs), *self.grads(outputs, inputs)]
 
-    def errors(
-        self, problem: Problem, dtype: torch.dtype, device: str
+    def pairs(
+        self, arguments: Arguments, dtype: torch.dtype, dropout_factors: Tensor | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Outputs and gradients, got and wanted, by name."""
-        self.grad_dtype = dtype
-        arguments = self.arguments(problem, dtype, device)
-        factors = self.dropout_factors(problem, arguments)
         tensors, join = self.split(arguments)
         ours = [x.detach().requires_grad_() for x in tensors]
         theirs = [x.detach().double().requires_grad_() for x in tensors]
         self.seed()
         got = self.call(join(ours))
-        want = self.as_tuple(self.reference(join(theirs), factors))
+        want = self.as_tuple(self.reference(join(theirs), dropout_factors))
+        dtypes = [dtype, torch.float64 if dtype == torch.float64 else torch.float32]  # output, lse
+        assert [x.dtype for x in got] == dtypes[: len(got)]
         pairs = dict(zip(self.output_names(), zip(got, want, strict=True), strict=True))
-        got_grads, want_grads = self.grads(got, ours), self.grads(want, theirs)
+        got_grads, want_grads = self.grads(got, ours, dtype), self.grads(want, theirs, dtype)
         for n, (a, b) in enumerate(zip(got_grads, want_grads, strict=True)):
             assert a.dtype == tensors[n].dtype
             pairs[f"gradient {n}"] = (a, b)
         return pairs
 
-    def compare(self, problem: Problem, dtype: torch.dtype, device: str, name: str) -> None:
-        for what, (got, want) in self.errors(problem, dtype, device).items():
-            column = "gradients" if what.startswith("gradient") else what
-            limit = tolerances.bound(self.op, device, name, dtype, column)
+    def errors(
+        self, arguments: Arguments, dtype: torch.dtype, dropout_factors: Tensor | None = None
+    ) -> dict[str, float]:
+        """The errors of outputs and gradients in the unit of docs/tolerances.md."""
+        errors = {}
+        for what, (got, want) in self.pairs(arguments, dtype, dropout_factors).items():
             # A float32 mask beside other inputs is no better than the coarser of the two.
             coarser = max(dtype, got.dtype, key=lambda d: torch.finfo(d).eps)
-            unit = got.dtype if what == "lse" else coarser
-            tolerances.assert_within(got, want, unit, limit, what)
+            errors[what] = tolerances.error(got, want, got.dtype if what == "lse" else coarser)
+        return errors
+
+    def check(
+        self,
+        arguments: Arguments,
+        dtype: torch.dtype,
+        implementation: str = "reference",
+        dropout_factors: Tensor | None = None,
+    ) -> None:
+        """Outputs and gradients lie within the bounds of an implementation."""
+        device = arguments["query"].device.type
+        for what, found in self.errors(arguments, dtype, dropout_factors).items():
+            column = "gradients" if what.startswith("gradient") else what
+            limit = tolerances.bound(self.op, device, implementation, dtype, column)
+            assert found <= limit, f"{what}: error {found:.3g} eps, allowed {limit} eps"
 
     # ---- Tests ----
 
@@ -212,7 +266,8 @@ class OperatorTester(ABC):
     def places(metafunc: pytest.Metafunc) -> list[tuple[str | None, str]]:
         """Devices and implementations that a test runs with."""
         if "device" not in metafunc.fixturenames:
-            return [(None, "")]
+            cpu_only = "implementation" in metafunc.fixturenames
+            return [(None, name) for name in (implementations("cpu") if cpu_only else [""])]
         devices = ["cpu", "cuda"]
         if "implementation" not in metafunc.fixturenames:
             return [(device, "") for device in devices]
@@ -223,7 +278,47 @@ class OperatorTester(ABC):
         arguments = self.arguments(problem, dtype, device)
         skip_unless_supported(self, arguments, implementation)
         with forced(implementation):
-            self.compare(problem, dtype, device, implementation)
+            factors = self.dropout_factors(problem, arguments)
+            self.check(arguments, dtype, implementation, factors)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts(self, problem, device, implementation, layout):
+        """Inputs of any strides: each tensor argument in turn, and all together."""
+        given = self.arguments(problem, torch.float32, device)
+        skip_unless_supported(self, given, implementation)
+        tensors, join = self.split(given)
+        for n in range(len(tensors) + 1):
+            laid = [
+                LAYOUTS[layout](x) if n in (m, len(tensors)) else x for m, x in enumerate(tensors)
+            ]
+            if all(x is y for x, y in zip(laid, tensors, strict=True)):
+                continue
+            with forced(implementation):
+                self.check(join(laid), torch.float32, implementation)
+
+    test_layouts.problems = lambda tester: [
+        p for p in tester.problems if p.name in ("float mask (2, 2, 4, 5)", "float mask")
+    ]
+
+    def test_deterministic(self, problem, device, implementation):
+        """The same bits in each run and for each number of threads."""
+        arguments = self.arguments(problem, torch.float32, device)
+        skip_unless_supported(self, arguments, implementation)
+        threads = torch.get_num_threads()
+        try:
+            with forced(implementation):
+                first = self.results(arguments)
+                for n in (threads, *self.numbers_of_threads):
+                    torch.set_num_threads(n)
+                    for a, b in zip(first, self.results(arguments), strict=True):
+                        assert torch.equal(a, b), f"differs with {n} threads"
+        finally:
+            torch.set_num_threads(threads)
+
+    numbers_of_threads: ClassVar[tuple[int, ...]] = (2, 3, 5)
+    test_deterministic.problems = lambda tester: [
+        p for p in tester.problems if p.name in ("long mask", "long dropout", "larger")
+    ]
 
     # Gradients. gradcheck compares with finite differences in float64, element by element.
 
@@ -248,10 +343,10 @@ class OperatorTester(ABC):
     test_gradgradcheck.problems = gradient_problems
 
     def few_problems(self) -> list[Problem]:
-        return [BY_NAME[name] for name in self.few]
+        return [p for p in self.problems if p.name in self.few]
 
     def fewest_problems(self) -> list[Problem]:
-        return [BY_NAME[name] for name in self.fewest]
+        return [p for p in self.problems if p.name in self.fewest]
 
     def test_gradcheck_scripted(self, problem):
         call = self.scripted_call()
@@ -292,7 +387,7 @@ class OperatorTester(ABC):
         public = getattr(OPS, self.op).default
         if problem.dropout_p == 0:  # a composite operator has nothing of its own to check
             opcheck(public, (), join(inputs))
-        for func, args in recorder.calls:
+        for func, args in dict(reversed(recorder.calls)).items():  # one call of each
             opcheck(func, tree_map(self.detached, args))
 
     test_opcheck.problems = fewest_problems

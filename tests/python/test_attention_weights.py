@@ -1,0 +1,161 @@
+"""attention_weights: chosen rows and heads of the weight matrix, of both scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from attention_problems import PROBLEMS, Mask, Problem, reference_of
+from compiler_tester import CompilerTester
+from operator_tester import OPS, Arguments
+from torch import Tensor
+
+
+class WeightsTester(CompilerTester):
+    op = "attention_weights"
+    score: ClassVar[str]
+    # The value decides nothing here: only heads and batches that query and key have.
+    problems: ClassVar[list[Problem]] = [
+        replace(p, value=p.key)
+        for p in PROBLEMS
+        if p.dropout_p == 0 and p.name != "grouped unequally"
+    ]
+    few: ClassVar[list[str]] = [
+        "plain",
+        "grouped heads",
+        "key batch broadcast",
+        "float mask (2, 1, 1, 5)",
+        "query offsets",
+    ]
+
+    def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments:
+        arguments = problem.arguments(self.score, dtype, device)
+        del arguments["value"]
+        if problem.name in self.selected:
+            rows, heads = [2, 0, 2], [1, 0, 1]
+            arguments["rows"] = torch.tensor(rows, device=device)
+            arguments["heads"] = torch.tensor(heads, device=device, dtype=torch.int32)
+        return arguments
+
+    # Problems with rows and heads chosen: out of order, one of them twice.
+    selected = (
+        "plain",
+        "grouped heads",
+        "key heads broadcast",
+        "causal",
+        "query offsets",
+        "key range",
+        "float mask (2, 2, 4, 5)",
+        "float mask (2, 1, 1, 5)",
+        "bool mask (1, 2, 4, 1)",
+        "mask, window, lengths, groups",
+    )
+
+    def reference(self, arguments: Arguments, dropout_factors: Tensor | None) -> Any:
+        arguments = dict(arguments)
+        rows, heads = arguments.pop("rows", None), arguments.pop("heads", None)
+        weights = reference_of(arguments | {"value": arguments["key"]})[2]
+        weights = weights if rows is None else weights.index_select(-2, rows)
+        return (weights if heads is None else weights.index_select(-3, heads),)
+
+    def inner_ops(self, problem: Problem) -> list[str]:
+        inner = super().inner_ops(problem)
+        return inner if self.score == "additive" else []
+
+    def growing(self) -> list[Arguments]:
+        return [
+            self.arguments(
+                Problem(
+                    f"growing {batch}",
+                    (batch, 4, queries, 6),
+                    (batch, 2, keys, 6),
+                    (batch, 2, keys, 6),
+                    mask=Mask("float", (batch, 1, queries, keys), holes=False),
+                    options={"enable_gqa": True, "window_left": 6},
+                ),
+                torch.float32,
+                "cpu",
+            )
+            | {"rows": torch.tensor([3, 1, 2])}
+            for batch, queries, keys in ((5, 9, 10), (7, 13, 17), (8, 21, 31))
+        ]
+
+    def test_autocast(self):
+        """The weights are to be looked at: they keep the dtype of the query, and are no worse than
+        if the inputs had been rounded."""
+        arguments = self.growing()[0]
+        want = self.results(arguments)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = self.results(arguments)
+        atol = 8 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+    def small(self, seed: int = 0) -> Arguments:
+        problem = Problem(
+            f"small {seed}",
+            (1, 2, 3, 2),
+            (1, 1, 3, 2),
+            (1, 1, 3, 2),
+            mask=Mask("float", (3, 3), holes=False),
+            options={"enable_gqa": True, "window_right": 1},
+        )
+        return self.arguments(problem, torch.float64, "cpu") | {"rows": torch.tensor([2, 0])}
+
+
+class TestDotProductWeights(WeightsTester):
+    score = "dot"
+    exported_inner_ops = ()
+
+
+class TestAdditiveWeights(WeightsTester):
+    score = "additive"
+
+
+def inputs(queries: int = 1, heads: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, heads, queries, 3, generator=generator),
+        torch.randn(2, heads, 5, 3, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("which", ["rows", "heads"])
+@pytest.mark.parametrize("chosen", [[], [0], [0, 0]], ids=str)
+def test_selection_of_a_single_row_or_head(which, chosen):
+    """A single query (or head) can be chosen no time, once or twice, like any other."""
+    query, key = inputs()
+    all_rows = OPS.attention_weights(query, key)
+    index = torch.tensor(chosen, dtype=torch.int64)
+    got = OPS.attention_weights(query, key, **{which: index})
+    want = all_rows.index_select(2 if which == "rows" else 1, index)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("which", ["rows", "heads"])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_selection_out_of_range(which, size, score):
+    query, key = inputs(size, size)
+    weight = torch.ones(3) if score == "additive" else None
+    with pytest.raises((IndexError, RuntimeError), match=r"out of .*(range|bounds)"):
+        OPS.attention_weights(query, key, weight, **{which: torch.tensor([size])})
+
+
+def test_rows_add_up_to_one():
+    query, key = inputs(4, 2)
+    for weight in (None, torch.ones(3)):
+        total = OPS.attention_weights(query, key, weight, is_causal=True).sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_agrees_with_the_attention():
+    """weights @ value is what the attention operator returns."""
+    query, key = inputs(4, 2)
+    value = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(2))
+    weight = torch.tensor([0.3, -1.0, 2.0])
+    for op, w in ((OPS.dot_product_attention, ()), (OPS.additive_attention, (weight,))):
+        weights = OPS.attention_weights(query, key, *w, window_left=2, query_offset=1)
+        want = op(query, key, value, *w, window_left=2, query_offset=1)
+        torch.testing.assert_close(weights @ value, want)
