@@ -102,7 +102,7 @@ class Bench:
         self.options = options
         self.dtype = DTYPES[options.dtype]
         self.inputs = make_inputs(problem, self.dtype, options.device, requires_grad=True)
-        shape = self.inputs["x" if problem.op == "multi_head" else "query"].shape
+        shape = self.inputs["x" if "x" in self.inputs else "query"].shape
         generator = torch.Generator().manual_seed(1)
         self.grad_out = torch.randn(shape, generator=generator).to(options.device, self.dtype)
 
@@ -172,7 +172,7 @@ class Bench:
 
     def _implementation(self) -> str:
         """The one that explain() says runs."""
-        if self.problem.op == "multi_head":
+        if self.problem.op not in ("dot", "additive"):
             return ""
         tensors = {k: t for k, t in self.inputs.items() if k in ("weight", "attn_mask")}
         text = torch_selfattn.explain(

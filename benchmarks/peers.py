@@ -76,7 +76,11 @@ def _ours(problem: Problem) -> Function:
             x, x, x, problem.heads, *in_proj, out_proj_weight, out_proj_bias
         )
 
-    return {"dot": dot, "additive": additive, "multi_head": multi_head}[problem.op]
+    def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch_selfattn.rotary_embedding(x, cos, sin)
+
+    calls = {"dot": dot, "additive": additive, "multi_head": multi_head, "rotary": rotary}
+    return calls[problem.op]
 
 
 def forced(implementation: str) -> Candidate:
@@ -189,14 +193,33 @@ def _keras_formula(problem: Problem) -> Function:
     return run
 
 
+def rotary_composition(problem: Problem) -> Function:
+    """The usual way: x cos + rotate_half(x) sin, in float32 as the tables are."""
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        rotated_half = torch.cat([-second, first], -1)
+        turned = x * torch.cat([cos, cos], -1) + rotated_half * torch.cat([sin, sin], -1)
+        return turned.to(x.dtype)
+
+    return run
+
+
+COMPOSITIONS = {
+    "dot": dot_composition,
+    "additive": additive_composition,
+    "rotary": rotary_composition,
+}
+
+
 def _eager(problem: Problem) -> Function:
-    return dot_composition(problem) if problem.op == "dot" else additive_composition(problem)
+    return COMPOSITIONS[problem.op](problem)
 
 
 def _compiled(problem: Problem) -> Function:
     # The Keras form: torch.compile fuses its sum with tanh, a matrix product it would not.
-    source = dot_composition(problem) if problem.op == "dot" else _keras_formula(problem)
-    return torch.compile(source, dynamic=False)
+    compositions = {**COMPOSITIONS, "additive": _keras_formula}
+    return torch.compile(compositions[problem.op](problem), dynamic=False)
 
 
 def _scores(problem: Problem, element_size: int) -> int:
@@ -207,6 +230,8 @@ def _composition_bytes(features: tuple[int, int]) -> Callable[[Problem, bool, in
     """Memory of a composition. `features`: its tensors of Lq Lk D elements, forward and both."""
 
     def needed(problem: Problem, backward: bool, element_size: int) -> int:
+        if problem.op == "rotary":
+            return 0
         large = features[backward] * problem.head_dim if problem.op == "additive" else 0
         return _scores(problem, element_size) * (large + (4 if backward else 2))
 
@@ -214,7 +239,7 @@ def _composition_bytes(features: tuple[int, int]) -> Callable[[Problem, bool, in
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "ours": Candidate(("dot", "additive", "multi_head"), _ours, is_ours=True),
+    "ours": Candidate(("dot", "additive", "multi_head", "rotary"), _ours, is_ours=True),
     "sdpa": Candidate(("dot",), _sdpa),
     "sdpa:flash": _sdpa_backend(SDPBackend.FLASH_ATTENTION),
     "sdpa:efficient": _sdpa_backend(SDPBackend.EFFICIENT_ATTENTION),
@@ -227,9 +252,9 @@ CANDIDATES: dict[str, Candidate] = {
         not_supported=lambda problem: "masks are code for it" if problem.mask else "",
     ),
     "mha": Candidate(("multi_head",), _multi_head_module),
-    "eager": Candidate(("dot", "additive"), _eager, intermediate_bytes=_composition_bytes((2, 3))),
+    "eager": Candidate(tuple(COMPOSITIONS), _eager, intermediate_bytes=_composition_bytes((2, 3))),
     "compile": Candidate(
-        ("dot", "additive"), _compiled, intermediate_bytes=_composition_bytes((0, 2))
+        tuple(COMPOSITIONS), _compiled, intermediate_bytes=_composition_bytes((0, 2))
     ),
     "keras": Candidate(
         ("additive",), _keras_formula, intermediate_bytes=_composition_bytes((2, 3))

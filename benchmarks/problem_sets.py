@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Problem:
     """One shape of one operator. Letters as in docs/notation.md."""
 
-    op: str  # "dot", "additive" or "multi_head"
+    op: str  # "dot", "additive", "multi_head" or "rotary"
     batch: int
     heads: int
     query_length: int
@@ -73,6 +73,13 @@ def make_inputs(
             "out_proj_weight": parameter(width, width, std=width**-0.5),
             "out_proj_bias": parameter(width),
         }
+    if p.op == "rotary":
+        angles = (
+            torch.rand(p.query_length, p.head_dim // 2, generator=generator).mul(6.28).to(device)
+        )
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        x = normal(p.batch, p.heads, p.query_length, p.head_dim)
+        return {"x": x, "cos": angles.cos().to(table_dtype), "sin": angles.sin().to(table_dtype)}
     kv_heads = p.kv_heads or p.heads
     inputs = {
         "query": normal(p.batch, p.heads, p.query_length, p.head_dim),
@@ -128,6 +135,7 @@ SETS: dict[str, list[Problem]] = {
         Problem("multi_head", 8, 8, 512, 512, 64),
         Problem("multi_head", 32, 8, 64, 64, 32),
     ],
+    "positional": [_square("rotary", 8, length, 64) for length in (128, 2048)],
     # Tensors so small that what is measured is the way to the kernel and back.
     "overhead": [_square("dot", 1, 4, 8), _square("additive", 1, 4, 8)],
     # Peak memory is linear in the length; use with --memory.

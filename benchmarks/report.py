@@ -24,11 +24,17 @@ Record = dict[str, Any]
 COLOURS = {"ours": "#0072B2", "eager": "#D55E00", "compile": "#E69F00", "keras": "#999999"}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "keras": "Keras' formula"}
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
-PEERS = {"dot": ("sdpa",), "additive": ("compile", "eager"), "multi_head": ("mha",)}
+PEERS = {
+    "dot": ("sdpa",),
+    "additive": ("compile", "eager"),
+    "multi_head": ("mha",),
+    "rotary": ("compile", "eager"),
+}
 OPS = {
     "dot": "Dot product against `F.scaled_dot_product_attention`",
     "additive": "Additive score against its composition",
     "multi_head": "`multi_head_attention` against `nn.MultiheadAttention`",
+    "rotary": "`rotary_embedding` against its composition",
 }
 
 
@@ -256,7 +262,7 @@ def _square(record: Record) -> bool:
     """One sequence attending to itself, without a mask or grouped heads."""
     p = record["problem"]
     return (
-        p["op"] != "multi_head"
+        p["op"] in ("dot", "additive")
         and p["batch"] == 1
         and p["query_length"] == p["key_length"]
         and not p["mask"]

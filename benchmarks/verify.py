@@ -32,7 +32,7 @@ class Reference:
         kv_heads = problem.kv_heads or problem.heads
         per_head = problem.pairs * problem.head_dim / problem.heads * problem.groups
         count = max(2, int(MAX_WORK / max(per_head, 1)))
-        if problem.op == "multi_head" or count >= kv_heads:
+        if not self._by_head or count >= kv_heads:
             self.kv_heads = list(range(kv_heads))
         else:
             self.kv_heads = [round(i * (kv_heads - 1) / (count - 1)) for i in range(count)]
@@ -43,9 +43,14 @@ class Reference:
         }
         self._compute(self.choose("out", grad_out).double())
 
+    @property
+    def _by_head(self) -> bool:
+        """Whether the tensors are laid out by heads that do not depend on each other."""
+        return self.problem.op in ("dot", "additive")
+
     def choose(self, name: str, t: Tensor) -> Tensor:
         """The part of a candidate's tensor that is compared."""
-        if self.problem.op == "multi_head":
+        if not self._by_head:
             return t
         if name == "weight":
             return t[self.heads]
@@ -55,8 +60,9 @@ class Reference:
 
     def _compute(self, grad_out: Tensor) -> None:
         p = self.problem
-        if p.op == "multi_head":
-            out = self._multi_head(**self.inputs)
+        if not self._by_head:
+            make = {"multi_head": self._multi_head, "rotary": peers.rotary_composition(p)}[p.op]
+            out = make(**self.inputs)
             out.backward(grad_out)
             self.out = out.detach()
             return
@@ -65,8 +71,7 @@ class Reference:
             p.op, p.batch, len(self.heads), p.query_length, p.key_length, p.head_dim,
             len(self.kv_heads),
         )  # fmt: skip
-        make = peers.dot_composition if p.op == "dot" else peers.additive_composition
-        composition = make(part)
+        composition = peers.COMPOSITIONS[p.op](part)
         depth = p.head_dim if p.op == "additive" else 1
         rows = max(1, CHUNK // (p.batch * len(self.heads) * p.key_length * depth))
         outputs = []

@@ -24,6 +24,7 @@ TINY = {
     "additive grouped": Problem("additive", 1, 4, 5, 7, 8, kv_heads=2),
     "additive bool causal": Problem("additive", 2, 2, 6, 6, 8, causal=True, mask="bool"),
     "multi_head": Problem("multi_head", 2, 2, 5, 5, 4),
+    "rotary": Problem("rotary", 2, 2, 5, 5, 8),
 }
 # torch.compile takes long to start, and the rest of the code is the same.
 PEERS = ["sdpa", "eager", "keras", "mha"]
