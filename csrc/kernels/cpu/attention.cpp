@@ -4,7 +4,8 @@
 
 namespace torch_selfattn::kernels::cpu {
 
-// One file per instruction set: attention_<name>.cpp.
+// One file per instruction set, attention_<name>.cpp, compiled for it and entered only on machines
+// that have it.
 void attention_forward_generic(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_generic(const AttentionBackward& call, const Parallel& parallel);
 #if defined(__x86_64__)
