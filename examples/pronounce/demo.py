@@ -63,11 +63,11 @@ def main() -> int:
     start = time.monotonic()
 
     heading(f"training ({args.recipe} recipe); Ctrl-C stops, the same command goes on")
-    if not train.run(
+    trainer = train.run(
         args.recipe, folder, not args.fresh, args.device, args.dictionary, args.epochs
-    ):
+    )
+    if not trainer.finished:
         return 130
-    training_minutes = (time.monotonic() - start) / 60
     model = Pronouncer.load(folder / "checkpoint.pt").eval()
 
     heading("held-out words, by word length")
@@ -102,11 +102,14 @@ def main() -> int:
     figure.draw(evaluate.pronounce_words(model.greedy, drawn), folder / "alignment.png")
     print(folder / "alignment.png")
 
-    lines.append(f"\n{report.machine()}; this run's training took {training_minutes:.1f} minutes.")
+    lines.append(f"\nTraining took {trainer.seconds / 60:.1f} minutes. {report.machine()}.")
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\nresults: {folder / 'results.md'} ({(time.monotonic() - start) / 60:.1f} minutes)")
     return 1 if any(differences.values()) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@ python -m examples.pronounce.figure examples/pronounce/runs/default/checkpoint.p
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -38,20 +39,20 @@ def draw_alignment(axes: plt.Axes, word: str, item: Pronounced) -> matplotlib.im
 
 
 def draw(pronounced: dict[str, Pronounced], path: Path) -> None:
-    """All words side by side with one common scale."""
-    widths = [len(word) for word in pronounced]
+    """Two words in a row, all with one scale."""
+    rows = -(-len(pronounced) // 2)
     figure, panels = plt.subplots(
-        1,
-        len(pronounced),
-        figsize=(0.27 * sum(widths) + 0.8 * len(widths), 3.9),
-        width_ratios=widths,
+        rows,
+        min(2, len(pronounced)),
+        figsize=(9.0, 3.6 * rows),
         squeeze=False,
         layout="constrained",
     )
-    for axes, (word, item) in zip(panels[0], pronounced.items(), strict=True):
+    for axes in panels.flat[len(pronounced) :]:
+        axes.remove()
+    for axes, (word, item) in zip(panels.flat, pronounced.items(), strict=False):
         image = draw_alignment(axes, word, item)
-    panels[0][0].set_ylabel("phone")
-    bar = figure.colorbar(image, ax=panels[0].tolist(), shrink=0.7, aspect=25, pad=0.01)
+    bar = figure.colorbar(image, ax=panels, shrink=0.6, aspect=30, pad=0.02)
     bar.set_label("attention weight")
     bar.outline.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -92,6 +93,7 @@ class Trainer:
             fused=True,
         )
         self.step = 0
+        self.seconds = 0.0  # of training, over all sessions
         self.steps_per_epoch = training_set.steps_per_epoch(recipe.batch_size)
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
@@ -127,6 +129,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "seconds": self.seconds,
             "random_state": torch.get_rng_state(),
         }
         temporary = path.with_suffix(".tmp")
@@ -146,7 +149,7 @@ class Trainer:
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random_state"])
 
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
@@ -157,6 +160,7 @@ class Trainer:
 def train(trainer: Trainer, checkpoint: Path, dev_words: Dictionary) -> bool:
     """Trains to the end or to Ctrl-C; either way the checkpoint is written. True at the end."""
     trainer.model.train()
+    start = time.monotonic() - trainer.seconds
     average: Tensor | None = None  # of the loss, over about the last 100 steps
     with (
         StopRequest() as stop,
@@ -171,6 +175,7 @@ def train(trainer: Trainer, checkpoint: Path, dev_words: Dictionary) -> bool:
                 if trainer.step % 20 == 0:
                     bar.set_postfix(loss=f"{float(average):.3f}", refresh=False)
                 bar.update()
+                trainer.seconds = time.monotonic() - start
                 if stop.requested:
                     trainer.save(checkpoint)
                     return False
@@ -192,8 +197,8 @@ def run(
     device: str = "cpu",
     dictionary: Path | None = None,
     epochs: int | None = None,
-) -> bool:
-    """Trains by a named recipe into output/checkpoint.pt; False if Ctrl-C ended it early."""
+) -> Trainer:
+    """Trains by a named recipe into output/checkpoint.pt; unfinished if Ctrl-C ended it early."""
     config, recipe = RECIPES[recipe_name]
     if epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=epochs)
@@ -206,10 +211,9 @@ def run(
         print(f"resuming {checkpoint} at step {trainer.step} of {trainer.total_steps}")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"{len(training_set)} pronunciations to learn, {parameters:,} parameters, {config}")
-    if train(trainer, checkpoint, subset(split_dictionary(words, "dev"), DEV_WORDS)):
-        return True
-    print(f"stopped at step {trainer.step}; {checkpoint} is usable and --resume goes on from it")
-    return False
+    if not train(trainer, checkpoint, subset(split_dictionary(words, "dev"), DEV_WORDS)):
+        print(f"stopped at step {trainer.step}; {checkpoint} is usable, --resume goes on from it")
+    return trainer
 
 
 def main() -> None:
@@ -225,9 +229,12 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     output = args.output or RUNS / args.recipe
-    finished = run(args.recipe, output, args.resume, args.device, args.dictionary, args.epochs)
-    sys.exit(0 if finished else 130)
+    trainer = run(args.recipe, output, args.resume, args.device, args.dictionary, args.epochs)
+    sys.exit(0 if trainer.finished else 130)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
