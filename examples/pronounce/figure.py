@@ -18,12 +18,12 @@ from .evaluate import Pronounced, pronounce_words
 from .model import Pronouncer
 
 # None of them is in the training set; main() checks it.
-WORDS = ("knightsbridge", "forethought", "phosphorescent", "chronicle")
+WORDS = ("knightsbridge", "forethought", "chronicle")
 
 
 def draw_alignment(axes: plt.Axes, word: str, item: Pronounced) -> matplotlib.image.AxesImage:
     """One panel: letters from left to right, phones from top to bottom."""
-    image = axes.imshow(item.alignment.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="equal")
+    image = axes.imshow(item.alignment.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
     axes.set_xticks(range(len(word)), list(word), fontsize=11)
     axes.set_yticks(range(len(item.phones)), item.phones, fontsize=9, family="monospace")
     axes.xaxis.tick_top()
@@ -39,20 +39,23 @@ def draw_alignment(axes: plt.Axes, word: str, item: Pronounced) -> matplotlib.im
 
 
 def draw(pronounced: dict[str, Pronounced], path: Path) -> None:
-    """Two words in a row, all with one scale."""
-    rows = -(-len(pronounced) // 2)
-    figure, panels = plt.subplots(
-        rows,
-        min(2, len(pronounced)),
-        figsize=(9.0, 3.6 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in panels.flat[len(pronounced) :]:
-        axes.remove()
-    for axes, (word, item) in zip(panels.flat, pronounced.items(), strict=False):
+    """All words side by side, with cells of one size and one scale of color."""
+    cell, left, top, bottom, right = 0.28, 0.5, 0.35, 0.1, 0.9  # inches
+    rows = max(len(item.phones) for item in pronounced.values())
+    width = sum(left + cell * len(word) for word in pronounced) + right
+    height = top + cell * rows + bottom
+    figure = plt.figure(figsize=(width, height))
+
+    def add_axes(x: float, size_x: float, size_y: float) -> plt.Axes:
+        y = height - top - size_y
+        return figure.add_axes((x / width, y / height, size_x / width, size_y / height))
+
+    x = 0.0
+    for word, item in pronounced.items():
+        axes = add_axes(x + left, cell * len(word), cell * len(item.phones))
         image = draw_alignment(axes, word, item)
-    bar = figure.colorbar(image, ax=panels, shrink=0.6, aspect=30, pad=0.02)
+        x += left + cell * len(word)
+    bar = figure.colorbar(image, cax=add_axes(x + 0.25, 0.1, cell * rows))
     bar.set_label("attention weight")
     bar.outline.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
