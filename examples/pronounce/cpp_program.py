@@ -26,7 +26,8 @@ def build(folder: Path = HERE / "build") -> Path:
     prefix = f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}"
     source = ["-S", str(HERE / "cpp"), "-B", str(folder)]
     for step in (
-        [find_cmake(), *source, prefix, "-DCMAKE_BUILD_TYPE=Release"],
+        # --fresh: a cache may remember a package that was built for another torch.
+        [find_cmake(), "--fresh", *source, prefix, "-DCMAKE_BUILD_TYPE=Release"],
         [find_cmake(), "--build", str(folder)],
     ):
         done = subprocess.run(step, capture_output=True, text=True)

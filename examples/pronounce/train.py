@@ -137,7 +137,10 @@ class Trainer:
         os.replace(temporary, path)
 
     def resume(self, path: Path) -> None:
-        """Goes on exactly where the checkpoint was written, in the middle of an epoch too."""
+        """Goes on exactly where the checkpoint was written, in the middle of an epoch too.
+
+        (On a GPU with dropout: not with the same random numbers.)
+        """
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = {"config": dataclasses.asdict(self.config)}
         ours["recipe"] = dataclasses.asdict(self.recipe)
