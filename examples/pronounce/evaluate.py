@@ -97,7 +97,7 @@ def pronounce_words(
         for word, row, alignment in zip(batch, ids.tolist(), alignments.cpu(), strict=True):
             phones = phone_names(row)
             result[word] = Pronounced(phones, alignment[: len(phones), : len(word)])
-    return result
+    return {word: result[word] for word in words}
 
 
 def total_score(hypotheses: Mapping[str, Sequence[str]], references: Dictionary) -> Score:

@@ -80,8 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     model = Pronouncer.load(args.checkpoint).eval()
     words = unseen(args.words)
-    pronounced = pronounce_words(model.greedy, words)
-    draw({word: pronounced[word] for word in words}, args.image)
+    draw(pronounce_words(model.greedy, words), args.image)
     print(f"drew {', '.join(words)} to {args.image}")
 
 

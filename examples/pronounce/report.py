@@ -52,6 +52,6 @@ def machine() -> str:
         cpu = f"{found[1]} (family {family[1]})" if found and family else cpu
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{cpu}, {torch.get_num_threads()} threads{gpu}, "
+        f"{cpu}, threads: {torch.get_num_threads()}{gpu}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
