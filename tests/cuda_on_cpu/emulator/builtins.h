@@ -12,6 +12,8 @@
 // the scheduler find all of them and fill them with NaN at the start of each block.
 #undef __shared__
 #define __shared__ static __attribute__((section("cuda_shared")))
+#undef __noinline__
+#define __noinline__ __attribute__((noinline))
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 

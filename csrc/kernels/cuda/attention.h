@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+
+// Launchers of the generic CUDA attention kernels. All pointers of a problem are device pointers;
+// the launches go to `stream` and nothing waits for them. Same input, same bits.
+namespace torch_selfattn::kernels::cuda {
+
+// Why these kernels cannot run the problem, or null.
+const char* attention_not_supported(const AttentionProblem& problem);
+
+// One launch.
+cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+
+// Two launches, three with an additive score. `workspace`: device memory of that many bytes,
+// aligned to 16, used until the launches have run.
+std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
+cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
+
+// factors[(b, h, i, j)] = 1/(1-p) or 0, contiguous float64 of (B, H, Lq, Lk). One launch.
+cudaError_t attention_dropout_factors(const std::int64_t* philox_state, double dropout_p,
+                                      std::int64_t rows, std::int64_t key_length, double* factors,
+                                      cudaStream_t stream);
+
+}  // namespace torch_selfattn::kernels::cuda

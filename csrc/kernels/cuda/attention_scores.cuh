@@ -1,0 +1,393 @@
+#pragma once
+
+#include "kernels/cuda/attention_tile.cuh"
+
+// The two scores as policies, and what is the same for both: bias, key ranges, dropout.
+//
+// A policy has
+//   score_tile           s[row][column] without scale; returns a note for accumulate_gradient
+//   accumulate_gradient  adds what the tile of g[row][column] gives the row side, without scale
+// Both scores are symmetric in query and key, so the same function gives dq and dk.
+namespace torch_selfattn::kernels::cuda {
+
+template <typename T>
+struct Weight {  // of one (batch, head)
+  const T* data;
+  std::int64_t stride;
+  static __device__ __forceinline__ Weight of(const AttentionProblem& p, std::int64_t batch,
+                                              std::int64_t head) {
+    return {
+        static_cast<const T*>(p.weight) + batch * p.weight_stride[0] + head * p.weight_stride[1],
+        p.weight_stride[2]};
+  }
+  __device__ __forceinline__ Accumulator<T> at(std::int64_t d) const {
+    return to_acc(data[d * stride]);
+  }
+};
+
+struct DotScore {
+  static constexpr bool kHasWeight = false;
+
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ bool score_tile(Acc (&s)[R][R], const Side<T>& rows,
+                                                    const Side<T>& columns,
+                                                    const Weight<T>& /*weight*/, std::int64_t dims,
+                                                    const Shared<Acc>& shared) {
+    product_tile(s, rows, columns, dims, shared);
+    return false;
+  }
+
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ void accumulate_gradient(
+      Acc (&acc)[R][2 * R], Acc (& /*acc_weight*/)[2 * R], bool /*weight_gradient*/,
+      const Side<T>& /*rows*/, const Side<T>& columns, const Weight<T>& /*weight*/,
+      std::int64_t dim, std::int64_t dims, bool /*note*/, const Shared<Acc>& shared) {
+    accumulate_tile(acc, columns, dim, dims, shared);
+  }
+};
+
+__device__ __forceinline__ float reciprocal(float x) { return reciprocal_approx(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
+
+// Absolute error as that of the exponential form, 1e-7 in float32, for numbers of any size; a tenth
+// of the instructions of tanh().
+__device__ __forceinline__ float tanh_of_any(float x) {
+  const float e = expf(-2 * fabsf(x));
+  return copysignf((1 - e) * reciprocal(1 + e), x);
+}
+__device__ __forceinline__ double tanh_of_any(double x) {
+  const double e = exp(-2 * fabs(x));
+  return copysign((1 - e) * reciprocal(1 + e), x);
+}
+
+// sum_d w_d tanh(q_d + k_d). With A = e^2q and B = e^2k, made while staging, and u = A B:
+//   tanh = 1 - 2 r, r = 1 / (1 + u), and its derivative is 4 u r^2.
+// Two features share a reciprocal: w1/x1 + w2/x2 = (w1 x2 + w2 x1) / (x1 x2). That is finite while
+// |q|, |k| <= kLimit; a tile with a number beyond takes tanh_of_any. Costs per score and feature:
+// 3 FMA slots and half a reciprocal; the bound is the sum of both pipes.
+struct AdditiveScore {
+  static constexpr bool kHasWeight = true;
+
+  // x1 x2 <= (1 + e^(4 limit))^2 must not overflow.
+  template <typename Acc>
+  static constexpr Acc kLimit = std::is_same_v<Acc, double> ? Acc(88) : Acc(11);
+
+  struct Exponential {
+    __device__ __forceinline__ float operator()(float x) const { return expf(2 * x); }
+    __device__ __forceinline__ double operator()(double x) const { return exp(2 * x); }
+  };
+
+  // s += sum_d w_d r(row, column, d), over staged exponentials.
+  template <typename Acc, int R>
+  static __device__ __forceinline__ void add_reciprocals(Acc (&s)[R][R], const Acc* rows,
+                                                         const Acc* columns, const Acc* weight,
+                                                         int depth) {
+    constexpr int kStride = Tile<Acc>::kDepthStride;
+    const Thread me = Thread::me();
+#pragma unroll 1
+    for (int d = 0; d < depth; d += R) {
+      const Vector<Acc> w = Vector<Acc>::load(weight + d);
+      Vector<Acc> b[R];
+#pragma unroll
+      for (int c = 0; c < R; ++c) {
+        b[c] = Vector<Acc>::load(columns + (me.column + 16 * c) * kStride + d);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const Vector<Acc> a = Vector<Acc>::load(rows + (me.row + 16 * r) * kStride + d);
+#pragma unroll
+        for (int c = 0; c < R; ++c) {
+#pragma unroll
+          for (int v = 0; v < R; v += 2) {
+            const Acc x1 = 1 + a.value[v] * b[c].value[v];
+            const Acc x2 = 1 + a.value[v + 1] * b[c].value[v + 1];
+            const Acc numerator = w.value[v] * x2 + w.value[v + 1] * x1;
+            s[r][c] += numerator * reciprocal(x1 * x2);
+          }
+        }
+      }
+    }
+  }
+
+  // s += sum_d w_d tanh(row_d + column_d), over staged numbers.
+  template <typename Acc, int R>
+  static __device__ __forceinline__ void add_tanh(Acc (&s)[R][R], const Acc* rows,
+                                                  const Acc* columns, const Acc* weight,
+                                                  int depth) {
+    constexpr int kStride = Tile<Acc>::kDepthStride;
+    const Thread me = Thread::me();
+#pragma unroll 1
+    for (int d = 0; d < depth; ++d) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const Acc a = rows[(me.row + 16 * r) * kStride + d];
+#pragma unroll
+        for (int c = 0; c < R; ++c) {
+          s[r][c] += weight[d] * tanh_of_any(a + columns[(me.column + 16 * c) * kStride + d]);
+        }
+      }
+    }
+  }
+
+  // Returns whether one of the numbers was beyond the limit, or a weight not finite.
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ bool score_tile(Acc (&s)[R][R], const Side<T>& rows,
+                                                    const Side<T>& columns, const Weight<T>& weight,
+                                                    std::int64_t dims, const Shared<Acc>& shared) {
+    using Shape = Tile<Acc>;
+    Acc* const column_operand = shared.staging + Shape::kTokens * Shape::kDepthStride;
+    const int thread = static_cast<int>(threadIdx.x);
+    // Sums of w r become sums of w tanh in the end: weight_sum - 2 sum. What is a sum of
+    // w tanh already is counted by -1/2.
+    Acc weight_sum = 0;
+    bool any_beyond = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int c = 0; c < R; ++c) s[r][c] = 0;
+    }
+    for (std::int64_t dim = 0; dim < dims; dim += Shape::kDepth) {
+      const int depth = dims - dim < Shape::kDepth ? static_cast<int>(dims - dim) : Shape::kDepth;
+      const auto stage_both = [&](auto transform, Acc weight_factor) {
+        bool beyond = stage<Shape::kTokens, Shape::kDepth, Shape::kDepthStride>(
+            shared.staging, rows, 0, dim, dims, kLimit<Acc>, transform);
+        beyond |= stage<Shape::kTokens, Shape::kDepth, Shape::kDepthStride>(
+            column_operand, columns, 0, dim, dims, kLimit<Acc>, transform);
+        if (thread < Shape::kDepth) {
+          const Acc w = thread < depth ? weight.at(dim + thread) : Acc(0);
+          shared.weight[thread] = weight_factor * w;
+          beyond |= !(fabs(w) <= kLargest<Acc>);
+        }
+        return beyond;
+      };
+      __syncthreads();
+      if (__syncthreads_or(stage_both(Exponential(), 1)) == 0) {
+        add_reciprocals(s, shared.staging, column_operand, shared.weight, depth);
+        for (int d = 0; d < depth; ++d) weight_sum += shared.weight[d];
+      } else {
+        any_beyond = true;
+        __syncthreads();
+        stage_both(Identity(), Acc(-0.5));
+        __syncthreads();
+        add_tanh(s, shared.staging, column_operand, shared.weight, depth);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int c = 0; c < R; ++c) s[r][c] = weight_sum - 2 * s[r][c];
+    }
+    return any_beyond;
+  }
+
+  // acc[r][d] += sum_column g w_d (1 - tanh^2), acc_weight[d] += sum g tanh, g from the tile in
+  // shared memory, over the staged columns. The row side comes from global memory, once for kStaged
+  // columns.
+  template <bool weight_gradient, bool beyond, typename T, typename Acc, int R>
+  static __device__ __forceinline__ void add_slopes(Acc (&acc)[R][2 * R], Acc (&acc_weight)[2 * R],
+                                                    const Side<T>& rows, const Weight<T>& weight,
+                                                    std::int64_t dim, std::int64_t dims,
+                                                    int first_slot, const Shared<Acc>& shared) {
+    using Shape = Tile<Acc>;
+    const Thread me = Thread::me();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half * 16 * R >= dims - dim) break;
+      const int column = (me.column + 16 * half) * R;
+      Acc w[R];
+#pragma unroll
+      for (int e = 0; e < R; ++e) {
+        w[e] = dim + column + e < dims ? weight.at(dim + column + e) : Acc(0);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const std::int64_t token = rows.first + me.row * R + r;
+        const bool inside = token >= rows.begin && token < rows.end;
+        const T* const from = rows.tokens.data + token * rows.tokens.token_stride;
+        Acc row[R];
+        Acc w4_row[R];
+#pragma unroll
+        for (int e = 0; e < R; ++e) {
+          const std::int64_t d = dim + column + e;
+          const Acc x = inside && d < dims ? to_acc(from[d * rows.tokens.dim_stride]) : Acc(0);
+          row[e] = beyond ? x : Exponential()(x);
+          w4_row[e] = 4 * w[e] * row[e];
+        }
+        const Acc* const gradient =
+            shared.tile + (me.row + 16 * r) * Shape::kTileStride + first_slot;
+#pragma unroll 1
+        for (int slot = 0; slot < Shape::kStaged; ++slot) {
+          const Acc g = gradient[slot];
+          const Vector<Acc> x = Vector<Acc>::load(shared.staging + slot * Shape::kWidth + column);
+          if constexpr (beyond) {
+            if (g == 0) continue;  // never 0 * NaN
+#pragma unroll
+            for (int e = 0; e < R; ++e) {
+              const Acc t = tanh_of_any(row[e] + x.value[e]);
+              acc[r][half * R + e] += g * w[e] * (1 - t * t);
+              if constexpr (weight_gradient) acc_weight[half * R + e] += g * t;
+            }
+          } else {
+#pragma unroll
+            for (int e = 0; e < R; e += 2) {
+              const Acc x1 = 1 + row[e] * x.value[e];
+              const Acc x2 = 1 + row[e + 1] * x.value[e + 1];
+              const Acc inverse = reciprocal(x1 * x2);
+              const Acc r1 = x2 * inverse;
+              const Acc r2 = x1 * inverse;
+              // In this order: r u <= 1, where u r^2 alone could meet a flushed r^2.
+              acc[r][half * R + e] += g * (w4_row[e] * x.value[e] * r1 * r1);
+              acc[r][half * R + e + 1] += g * (w4_row[e + 1] * x.value[e + 1] * r2 * r2);
+              if constexpr (weight_gradient) {
+                acc_weight[half * R + e] += g * (1 - 2 * r1);
+                acc_weight[half * R + e + 1] += g * (1 - 2 * r2);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ void accumulate_gradient(
+      Acc (&acc)[R][2 * R], Acc (&acc_weight)[2 * R], bool weight_gradient, const Side<T>& rows,
+      const Side<T>& columns, const Weight<T>& weight, std::int64_t dim, std::int64_t dims,
+      bool beyond, const Shared<Acc>& shared) {
+    using Shape = Tile<Acc>;
+    for (int slot = 0; slot < Shape::kTokens; slot += Shape::kStaged) {
+      __syncthreads();
+      if (beyond) {
+        stage<Shape::kStaged, Shape::kWidth, Shape::kWidth>(shared.staging, columns, slot, dim,
+                                                            dims, kLimit<Acc>, Identity());
+        __syncthreads();
+        add_slopes<true, true>(acc, acc_weight, rows, weight, dim, dims, slot, shared);
+      } else {
+        stage<Shape::kStaged, Shape::kWidth, Shape::kWidth>(shared.staging, columns, slot, dim,
+                                                            dims, kLimit<Acc>, Exponential());
+        __syncthreads();
+        if (weight_gradient) {
+          add_slopes<true, false>(acc, acc_weight, rows, weight, dim, dims, slot, shared);
+        } else {
+          add_slopes<false, false>(acc, acc_weight, rows, weight, dim, dims, slot, shared);
+        }
+      }
+    }
+  }
+};
+
+// The bias of a pair, -inf for one that is not allowed. The kind of mask is uniform over the grid
+// and costs a branch per score, beside head_dim FMAs: no instantiations for it.
+template <typename T>
+__device__ __forceinline__ Accumulator<T> mask_bias(const AttentionProblem& p, std::int64_t batch,
+                                                    std::int64_t head, std::int64_t i,
+                                                    std::int64_t j) {
+  using Acc = Accumulator<T>;
+  if (p.mask_kind == MaskKind::kNone) return 0;
+  const std::int64_t index = batch * p.mask.stride[0] + head * p.mask.stride[1] +
+                             i * p.mask.stride[2] + j * p.mask.stride[3];
+  if (p.mask_kind == MaskKind::kBool) {
+    return static_cast<const unsigned char*>(p.mask.data)[index] != 0 ? Acc(0) : -kInfinity<Acc>;
+  }
+  if (p.mask_dtype != p.dtype) return static_cast<const float*>(p.mask.data)[index];
+  return to_acc(static_cast<const T*>(p.mask.data)[index]);
+}
+
+// The first of a thread's kPerThread queries (rows) and kPerThread keys (columns) of a tile.
+struct Pairs {
+  std::int64_t query;
+  std::int64_t key;
+
+  template <typename Acc>
+  static __device__ __forceinline__ Pairs of(std::int64_t first_query, std::int64_t first_key) {
+    const Thread me = Thread::me();
+    return {first_query + me.row * Tile<Acc>::kPerThread,
+            first_key + me.column * Tile<Acc>::kPerThread};
+  }
+};
+
+// Fills `bias` and says whether any of the thread's pairs is allowed.
+template <typename T, typename Acc, int R>
+__device__ __forceinline__ bool load_biases(Acc (&bias)[R][R], const AttentionProblem& p,
+                                            std::int64_t batch, std::int64_t head, Pairs pairs) {
+  bool any = false;
+#pragma unroll
+  for (int q = 0; q < R; ++q) {
+    const std::int64_t i = pairs.query + q;
+    const KeyRange range = i < p.query_length ? key_range(p, batch, i) : KeyRange{0, 0};
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+      const std::int64_t j = pairs.key + k;
+      const Acc x =
+          j >= range.begin && j < range.end ? mask_bias<T>(p, batch, head, i, j) : -kInfinity<Acc>;
+      bias[q][k] = x;
+      any = any || x != -kInfinity<Acc>;
+    }
+  }
+  return any;
+}
+
+// Scores are kept within +-2^127 (float64: 2^1023): differences of two are never inf - inf, and a
+// mask of finfo.min is an ordinary number. A NaN stays one.
+__device__ __forceinline__ float limit_score(float s) {
+  return s > 0x1p127f ? 0x1p127f : s < -0x1p127f ? -0x1p127f : s;
+}
+__device__ __forceinline__ double limit_score(double s) {
+  return s > 0x1p1023 ? 0x1p1023 : s < -0x1p1023 ? -0x1p1023 : s;
+}
+
+// scale * s + bias for pairs that are allowed, -inf for the others.
+template <typename Acc, int R>
+__device__ __forceinline__ void finish_scores(Acc (&s)[R][R], const Acc (&bias)[R][R], Acc scale) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int c = 0; c < R; ++c) {
+      s[r][c] = bias[r][c] == -kInfinity<Acc>
+                    ? -kInfinity<Acc>
+                    : limit_score(limit_score(scale * s[r][c]) + bias[r][c]);
+    }
+  }
+}
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// The dropout factors of a row's kPerThread consecutive keys: one Philox block.
+template <typename Acc>
+struct DropoutFactors {
+  Dropout dropout;
+  bool active;
+
+  static __device__ __forceinline__ DropoutFactors of(const AttentionProblem& p) {
+    const bool active = p.dropout_p > 0;
+    return {active ? Dropout::make(p.dropout_p, p.philox_state) : Dropout(), active};
+  }
+
+  template <int R>
+  __device__ __forceinline__ void load(Acc (&factor)[R][R], const AttentionProblem& p,
+                                       std::int64_t batch, std::int64_t head, Pairs pairs) const {
+#pragma unroll
+    for (int q = 0; q < R; ++q) {
+      const std::int64_t row = (batch * p.heads + head) * p.query_length + pairs.query + q;
+      const PhiloxBlock random =
+          philox(dropout.seed, dropout.offset, Dropout::block_index(row, pairs.key, p.key_length));
+      const bool upper = R == 2 && pairs.key % 4 != 0;  // which half of the block
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        const std::uint32_t value = upper ? random.value[(k + 2) % 4] : random.value[k];
+        factor[q][k] = dropout.keep(value) ? static_cast<Acc>(dropout.keep_scale) : Acc(0);
+      }
+    }
+  }
+};
+
+// The keys that any of the queries [first, first + count) may attend to.
+__device__ __forceinline__ KeyRange key_range_of_tile(const AttentionProblem& p, std::int64_t batch,
+                                                      std::int64_t first, int count) {
+  const std::int64_t last =
+      first + count <= p.query_length ? first + count - 1 : p.query_length - 1;
+  return {key_range(p, batch, first).begin, key_range(p, batch, last).end};
+}
+
+}  // namespace torch_selfattn::kernels::cuda
