@@ -1,0 +1,146 @@
+#include "kernels/cuda/attention.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "ops/checks.h"
+#include "ops/cuda/attention_implementations.h"
+#include "ops/explain.h"
+#include "ops/implementation_choice.h"
+
+// Host code only: compiled by the C++ compiler, the kernels are in kernels/cuda. Nothing here waits
+// for the GPU, so key_lengths and key_starts are not looked at; the kernels clamp them.
+namespace torch_selfattn::ops::cuda {
+
+namespace {
+
+using at::Tensor;
+
+const char* generic_not_supported(const ForwardRequest& request) {
+  return kernels::cuda::attention_not_supported(request.prepared.problem);
+}
+
+void generic_forward(const ForwardRequest& request, ForwardResults& results) {
+  C10_CUDA_CHECK(kernels::cuda::attention_forward(forward_arguments(request.prepared, results),
+                                                  c10::cuda::getCurrentCUDAStream()));
+}
+
+const char* generic_backward_not_supported(const BackwardRequest& request) {
+  return kernels::cuda::attention_not_supported(request.prepared.problem);
+}
+
+void generic_backward(const BackwardRequest& request, BackwardResults& results) {
+  // Freed on return; the allocator gives it to no other stream before this one's work is done.
+  const Tensor workspace =
+      at::empty({kernels::cuda::attention_backward_workspace_bytes(request.prepared.problem)},
+                request.tensors.query.options().dtype(at::kByte));
+  C10_CUDA_CHECK(kernels::cuda::attention_backward(
+      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
+                         request.lse, results),
+      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
+
+const ForwardImplementation forward_implementations[] = {
+    {"cudnn", cudnn_not_supported, cudnn_forward},
+    {"flash", flash_not_supported, flash_forward},
+    {"efficient", efficient_not_supported, efficient_forward},
+    {"generic", generic_not_supported, generic_forward},
+};
+
+const BackwardImplementation backward_implementations[] = {
+    {"cudnn", cudnn_backward_not_supported, nullptr},
+    {"flash", flash_backward_not_supported, flash_backward},
+    {"efficient", efficient_backward_not_supported, efficient_backward},
+    {"generic", generic_backward_not_supported, generic_backward},
+};
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward_cuda(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
+    std::optional<double> scale, double dropout_p, int64_t window_left, int64_t window_right,
+    int64_t query_offset) {
+  const AttentionTensors tensors{query,     key,         value,      weight,
+                                 attn_mask, key_lengths, key_starts, query_offsets};
+  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
+                                          query_offset};
+  check_attention_forward(tensors, symbolic(options));
+  const c10::cuda::CUDAGuard device(query.device());
+  const PreparedProblem prepared = prepare_problem(tensors, options);
+  ForwardResults results = empty_forward_results(tensors, dropout_p);
+  // PyTorch's CUDA generator fills it on the device: follows torch.manual_seed, and CUDA graphs
+  // draw new numbers at each replay.
+  if (dropout_p > 0) results.philox_state.random_();
+  const ForwardRequest request{tensors, options, prepared};
+  choose_from(forward_implementations, request, tensors.name(), "forward", "cuda")
+      .run(request, results);
+  return {results.output, results.lse, results.philox_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
+    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
+    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
+    int64_t window_left, int64_t window_right, int64_t query_offset, bool attn_mask_grad) {
+  const AttentionTensors tensors{query,     key,         value,      weight,
+                                 attn_mask, key_lengths, key_starts, query_offsets};
+  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
+                                          query_offset};
+  check_attention_backward(grad_output, grad_lse, tensors, output, lse, philox_state,
+                           symbolic(options));
+  const c10::cuda::CUDAGuard device(query.device());
+  PreparedProblem prepared = prepare_problem(tensors, options);
+  const Tensor contiguous_state = philox_state.contiguous();
+  if (dropout_p > 0) {
+    prepared.problem.philox_state = contiguous_state.const_data_ptr<int64_t>();
+  }
+  BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
+  const Tensor contiguous_lse = lse.contiguous();
+  const Tensor contiguous_grad_lse =
+      grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  const BackwardRequest request{
+      tensors, options,        prepared,      grad_output, contiguous_grad_lse,
+      output,  contiguous_lse, attn_mask_grad};
+  choose_from(backward_implementations, request, tensors.name(), "backward", "cuda")
+      .run(request, results);
+  return {results.grad_query, results.grad_key, results.grad_value, results.grad_weight,
+          results.grad_attn_mask};
+}
+
+Tensor attention_dropout_factors_cuda(const Tensor& philox_state, int64_t batch, int64_t heads,
+                                      int64_t query_length, int64_t key_length, double dropout_p,
+                                      at::ScalarType dtype) {
+  check_dropout_factors(philox_state, dropout_p);
+  const c10::cuda::CUDAGuard device(philox_state.device());
+  const Tensor factors = at::empty({batch, heads, query_length, key_length},
+                                   philox_state.options().dtype(at::kDouble));
+  const Tensor contiguous_state = philox_state.contiguous();
+  C10_CUDA_CHECK(kernels::cuda::attention_dropout_factors(
+      contiguous_state.const_data_ptr<int64_t>(), dropout_p, batch * heads * query_length,
+      key_length, factors.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  return factors.to(dtype);
+}
+
+std::vector<Candidate> attention_candidates_cuda(const AttentionTensors& tensors,
+                                                 const AttentionOptions<int64_t>& options) {
+  const c10::cuda::CUDAGuard device(tensors.query.device());
+  const PreparedProblem prepared = prepare_problem(tensors, options);
+  return list_candidates(forward_implementations, ForwardRequest{tensors, options, prepared});
+}
+
+const bool registered = register_candidates(at::kCUDA, &attention_candidates_cuda);
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
+  m.impl("_attention_forward", TORCH_FN(attention_forward_cuda));
+  m.impl("_attention_backward", TORCH_FN(attention_backward_cuda));
+  m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cuda));
+}
+
+}  // namespace torch_selfattn::ops::cuda

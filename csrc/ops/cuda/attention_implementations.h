@@ -1,0 +1,57 @@
+#pragma once
+
+#include <optional>
+#include <span>
+
+#include "ops/attention.h"
+#include "ops/problem.h"
+
+// What may run a dense attention problem on CUDA, best first. Both passes choose for themselves:
+// (output, lse) is all that one leaves to the other, so they may take different implementations.
+namespace torch_selfattn::ops::cuda {
+
+struct ForwardRequest {
+  const AttentionTensors& tensors;
+  const AttentionOptions<int64_t>& options;
+  const PreparedProblem& prepared;
+};
+
+struct BackwardRequest {
+  const AttentionTensors& tensors;
+  const AttentionOptions<int64_t>& options;
+  const PreparedProblem& prepared;
+  const at::Tensor& grad_output;
+  const at::Tensor& grad_lse;  // undefined without a gradient
+  const at::Tensor& output;
+  const at::Tensor& lse;  // contiguous
+  bool attn_mask_grad;
+};
+
+struct ForwardImplementation {
+  const char* name;
+  const char* (*not_supported)(const ForwardRequest&);
+  void (*run)(const ForwardRequest&, ForwardResults&);
+};
+
+struct BackwardImplementation {
+  const char* name;
+  const char* (*not_supported)(const BackwardRequest&);
+  void (*run)(const BackwardRequest&, BackwardResults&);
+};
+
+// PyTorch's fused kernels, without the generic one that ends both lists.
+const char* cudnn_not_supported(const ForwardRequest& request);
+void cudnn_forward(const ForwardRequest& request, ForwardResults& results);
+const char* cudnn_backward_not_supported(const BackwardRequest& request);
+
+const char* flash_not_supported(const ForwardRequest& request);
+void flash_forward(const ForwardRequest& request, ForwardResults& results);
+const char* flash_backward_not_supported(const BackwardRequest& request);
+void flash_backward(const BackwardRequest& request, BackwardResults& results);
+
+const char* efficient_not_supported(const ForwardRequest& request);
+void efficient_forward(const ForwardRequest& request, ForwardResults& results);
+const char* efficient_backward_not_supported(const BackwardRequest& request);
+void efficient_backward(const BackwardRequest& request, BackwardResults& results);
+
+}  // namespace torch_selfattn::ops::cuda
