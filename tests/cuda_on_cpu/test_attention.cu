@@ -208,6 +208,24 @@ template <std::size_t... n>
 std::vector<testing::Test> all(std::index_sequence<n...>) {
   return {testing::Test(cases[n].name, run<n>)...};
 }
+void dropout_factors() {
+  const std::int64_t rows = 5;
+  const std::int64_t keys = 300;  // more than a block has threads
+  const std::vector<std::int64_t> state = {7, 11};
+  const testing::DeviceArray<std::int64_t> device_state(state);
+  const testing::DeviceArray<double> factors(static_cast<std::size_t>(rows * keys));
+  CHECK(torch_selfattn::kernels::cuda::attention_dropout_factors(
+            device_state.data(), 0.4, rows, keys, factors.data(), nullptr) == cudaSuccess);
+  const Dropout dropout = Dropout::make(0.4, state.data());
+  const std::vector<double> got = factors.copy();
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t j = 0; j < keys; ++j) {
+      CHECK(got[static_cast<std::size_t>(row * keys + j)] == dropout.factor(row, j, keys));
+    }
+  }
+}
+const testing::Test dropout_test("dropout factors", dropout_factors);
+
 const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
 
 }  // namespace
