@@ -16,7 +16,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from pronounce import cpp_program, data, evaluate, export, figure, report, say, train  # noqa: E402
+from pronounce import (  # noqa: E402
+    cpp_program,
+    data,
+    demo,
+    evaluate,
+    export,
+    figure,
+    peer,
+    report,
+    say,
+    train,
+)
 from pronounce.model import Config, Pronouncer  # noqa: E402
 
 TINY = Config(width=32, heads=2, feedforward=64, encoder_layers=2, decoder_layers=2)
@@ -292,18 +303,16 @@ def test_exported_programs_take_other_sizes(model: Pronouncer) -> None:
         assert phones_of(got) == phones_of(expected)
 
 
-@pytest.mark.slow
-def test_aotinductor_pronounces_as_eager(model: Pronouncer, tmp_path: Path) -> None:
-    export.export_aoti(model, tmp_path)
-    compiled = evaluate.pronounce_words(export.load_aoti(tmp_path).greedy, TEST_WORDS)
-    eager = evaluate.pronounce_words(model.greedy, TEST_WORDS)
-    assert phones_of(compiled) == phones_of(eager)
+@pytest.fixture(scope="module")
+def cpp_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    return cpp_program.build(tmp_path_factory.mktemp("cpp") / "build")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_cpp_program(model: Pronouncer, script_file: Path, tmp_path: Path) -> None:
-    program = cpp_program.build(tmp_path / "build")
+def test_cpp_program(model: Pronouncer, script_file: Path, cpp_build: Path, tmp_path: Path) -> None:
+    program = cpp_build
     eager = phones_of(evaluate.pronounce_words(model.greedy, TEST_WORDS))
     assert cpp_program.run(program, script_file, TEST_WORDS) == eager
 
@@ -325,6 +334,41 @@ def test_cpp_program(model: Pronouncer, script_file: Path, tmp_path: Path) -> No
     junk = run(tmp_path / "junk.pt", "bad")
     assert junk.returncode == 2 and "junk.pt is not a TorchScript model" in junk.stderr
     assert run(script_file).returncode == 2
+
+
+@pytest.mark.slow
+def test_demo_from_training_to_the_same_words_by_every_road(
+    words: data.Dictionary,
+    cpp_build: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dictionary = tmp_path / "cmudict.dict"
+    lines = (f"{word} {' '.join(phones)}\n" for word, (phones,) in words.items())
+    dictionary.write_text("".join(lines))
+    held_out = len(data.split_dictionary(words, "test"))
+    recipe = train.Recipe(epochs=1, batch_size=32, learning_rate=1e-2)
+    monkeypatch.setitem(train.RECIPES, "default", (TINY, recipe))
+    monkeypatch.setattr(cpp_program, "build", lambda: cpp_build)
+    monkeypatch.setattr(demo, "load_peer", lambda: lambda word: ["B"])
+    output = tmp_path / "run"
+    command = ["demo", "--output", str(output), "--dictionary", str(dictionary)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert demo.main() == 0
+    results = (output / "results.md").read_text()
+    assert f"| all | {held_out} |" in results and "g2p-en PER" in results
+    assert (
+        f"Words of {held_out} that differ from the eager model: "
+        "TorchScript 0, AOTInductor 0, C++ 0." in results
+    )
+    assert (output / "alignment.png").stat().st_size > 10_000
+    assert "knightsbridge:" in capsys.readouterr().out
+
+
+def test_without_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk", None)  # as if it were not installed
+    assert peer.load_peer() is None
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
