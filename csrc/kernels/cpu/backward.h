@@ -72,6 +72,7 @@ class BackwardKernel {
  private:
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
+  static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
 
   void plan() {
     query_width_ = padded<T>(p_.head_dim);
@@ -119,6 +120,7 @@ class BackwardKernel {
     const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
     delta_ = carver.take<T>(rows);
     lse_ = carver.take<T>(rows);
+    norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
     if (copy_query_) query_ = carver.take<T>(rows * query_width_);
     if (copy_grad_out_) grad_out_ = carver.take<T>(rows * value_width_);
@@ -198,11 +200,36 @@ class BackwardKernel {
       const T lse = static_cast<const T*>(call_.lse)[row0 + i];
       delta_[row0 + i] = delta;
       lse_[row0 + i] = lse * Math<T>::log2e;
+      norm_[row0 + i] = T(1);
       // Beyond this the rounding of the lse is too much of an error in its exponential.
       constexpr T limit = sizeof(T) == 8 ? T(0x1p40) : T(0x1p13);
       huge_[row0 + i] = lse > limit || (lse < -limit && lse != -infinity<T>());
+      if (huge_[row0 + i] != 0) exact_statistics(b, h, i, lse_[row0 + i], norm_[row0 + i]);
     }
   }
+  // Maximum and 1 / sum of row i from scores in double, where the lse is too coarse: it takes their
+  // place in the softmax, p = 2^(score - maximum) norm.
+  void exact_statistics(std::int64_t b, std::int64_t h, std::int64_t i, T& maximum, T& norm) const {
+    const KeyRange range = key_range(p_, b, i);
+    maximum = -infinity<T>();
+    T total = 0;
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      T score = static_cast<T>(exact_score<T>(p_, b, h, i, j));
+      if (p_.mask_kind != MaskKind::kNone) {
+        T bias = 0;
+        load_mask_row(p_, b, h, i, j, 1, &bias);
+        add_bias(&bias, 1, &score);
+      }
+      if (score == -infinity<T>()) continue;
+      if (score > maximum) {
+        total = maximum == -infinity<T>() ? T(0) : total * exp2_of(maximum - score);
+        maximum = score;
+      }
+      total += exp2_of(score - maximum);
+    }
+    norm = T(1) / total;
+  }
+
   // Elements [d, d + n) of a row, zeros behind.
   static Vec<T> load_part(const Rows& rows, std::int64_t i, std::int64_t d, std::int64_t n) {
     if (rows.dtype == dtype_of<T>() && rows.element_stride == 1) {
@@ -257,16 +284,14 @@ class BackwardKernel {
       const KeyRange batches = members(batch_set, k.batch_sets_, p.batch);
       const KeyRange heads = members(head_set, k.head_sets_, p.kv_heads);
       const std::int64_t per_head = p.group_size();
-      bool careful = false;
-      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
-        for (std::int64_t h = heads.begin * per_head; h < heads.end * per_head; ++h) {
-          if (k.groups_ == 1) k.prepare(b, h, 0, p.query_length);
-          const char* const huge = k.huge_ + k.first_row(b, h);
-          for (std::int64_t i = 0; i < p.query_length; ++i) careful = careful || huge[i] != 0;
+      if (k.groups_ == 1) {
+        for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+          for (std::int64_t h = heads.begin * per_head; h < heads.end * per_head; ++h) {
+            k.prepare(b, h, 0, p.query_length);
+          }
         }
       }
-      if (!careful) careful = !run_unit(batches, heads, Zeros::kMultiply);
-      if (careful) run_unit(batches, heads, Zeros::kSkip);
+      if (!run_unit(batches, heads, Zeros::kMultiply)) run_unit(batches, heads, Zeros::kSkip);
     }
 
     // False if a result is not finite.
@@ -450,17 +475,16 @@ class BackwardKernel {
       const std::int64_t n = tile.end[r] - begin;
       T* const w = weights + begin;
       T* const x = grads + begin;
-      T shift = lse;
-      T norm = T(1);
-      if (zeros == Zeros::kSkip) {
-        if (k.huge_[row] != 0) {
-          exact_statistics(b, h, i, shift, norm);
-          for (std::int64_t j = 0; j < n; ++j) {
-            w[j] = static_cast<T>(exact_score<T>(p, b, h, i, first + begin + j));
-          }
-        } else {
-          repair_scores(p, b, h, i, first + begin, n, w);
+      const T shift = lse;
+      const T norm = k.norm_[row];
+      if (k.huge_[row] != 0) {
+        // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.
+        for (std::int64_t j = 0; j < n; ++j) {
+          if (w[j] > -kExact && w[j] < kExact) continue;
+          w[j] = static_cast<T>(exact_score<T>(p, b, h, i, first + begin + j));
         }
+      } else if (zeros == Zeros::kSkip) {
+        repair_scores(p, b, h, i, first + begin, n, w);
       }
       if (p.mask_kind != MaskKind::kNone) {
         load_mask_row(p, b, h, i, first + begin, n, buffer.row);
@@ -492,32 +516,6 @@ class BackwardKernel {
       fill_zero(weights + tile.end[r], panels_end - tile.end[r]);
       fill_zero(grads + tile.end[r], panels_end - tile.end[r]);
       return sum_lanes<T>(total);
-    }
-
-    // Maximum and 1 / sum of row i from scores in double, where the lse is too coarse.
-    void exact_statistics(std::int64_t b, std::int64_t h, std::int64_t i, T& maximum, T& norm) {
-      const AttentionProblem& p = k.p_;
-      const KeyRange range = key_range(p, b, i);
-      maximum = -infinity<T>();
-      T total = 0;
-      for (std::int64_t j = range.begin; j < range.end; ++j) {
-        Vec<T> score{};
-        score[0] = static_cast<T>(exact_score<T>(p, b, h, i, j));
-        if (p.mask_kind != MaskKind::kNone) {
-          T bias;
-          load_mask_row(p, b, h, i, j, 1, &bias);
-          T masked = score[0];
-          add_bias(&bias, 1, &masked);
-          score[0] = masked;
-        }
-        if (score[0] == -infinity<T>()) continue;
-        if (score[0] > maximum) {
-          total = maximum == -infinity<T>() ? T(0) : total * exp2_of(maximum - score[0]);
-          maximum = score[0];
-        }
-        total += exp2_of(score[0] - maximum);
-      }
-      norm = T(1) / total;
     }
 
     // This task's part of the mask's gradient.
@@ -637,7 +635,8 @@ class BackwardKernel {
 
   T* delta_ = nullptr;             // [b][h][i]: sum dO O - grad_lse
   T* lse_ = nullptr;               // [b][h][i] in units of log2
-  char* huge_ = nullptr;           // [b][h][i]
+  T* norm_ = nullptr;              // [b][h][i]: 1, or see exact_statistics
+  char* huge_ = nullptr;           // [b][h][i]: the scores of the row are huge
   T* query_ = nullptr;             // [b][h][i][query_width_]
   T* grad_out_ = nullptr;          // [b][h][i][value_width_]
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]

@@ -90,8 +90,8 @@ class DotScore {
 // scale sum_d w_d tanh(q_d + k_d). The sign of w_d moves into q_d and k_d, and
 //   tanh(q + k) = 1 - 2 / (1 + e^(2q) e^(2k)),
 // so the exponentials are made once per token: Lq + Lk of them, not Lq Lk. With c = max |w| and
-// u_d = c / |w_d| the score is scale (sum |w| - 2c sum_d 1 / x_d), x_d = u_d + (u_d A_d) B_d: one
-// FMA per pair and element, and four elements share a division, since
+// u_d = c / |w_d| the score is -2c scale sum_d (1 / x_d - |w_d| / 2c), x_d = u_d + (u_d A_d) B_d:
+// one FMA per pair and element, and four elements share a division, since
 //   1/x0 + 1/x1 + 1/x2 + 1/x3 = ((x0 + x1) x2 x3 + (x2 + x3) x0 x1) / (x0 x1 x2 x3).
 // x_d is limited to `cap`, which keeps the product finite at an error of c / cap; it serves w_d = 0
 // as well. Where |q| or |k| is so large that the exponentials leave the range, x_d is computed from
@@ -108,11 +108,13 @@ TSA_INLINE Vec<T> joined(Vec<T> a, Vec<T> b, Vec<T> u) {
   }
 }
 
-// One vector of keys, kRows queries: scores = k0 + k2 sum_d 1 / x_d.
+// One vector of keys, kRows queries: scores = k2 sum_d (1 / x_d - half_d), four elements at a time.
+// Without `half`, what 1 / x_d is at tanh = 0, the sum would grow to sum |w| and lose digits.
 template <typename T, int kRows, Join join>
 [[gnu::noinline]] void additive_tile(const T* __restrict a, const T* __restrict u,
-                                     const T* __restrict panel, std::int64_t head_dim, T k2, T k0,
-                                     T* __restrict scores, std::int64_t ld) {
+                                     const T* __restrict half, const T* __restrict panel,
+                                     std::int64_t head_dim, T k2, T* __restrict scores,
+                                     std::int64_t ld) {
   Vec<T> sum[kRows] = {};
   std::int64_t d = 0;
   for (; d + 4 <= head_dim; d += 4) {
@@ -131,16 +133,18 @@ template <typename T, int kRows, Join join>
       }
       const Vec<T> x01 = x[0] * x[1];
       const Vec<T> x23 = x[2] * x[3];
-      sum[i] += fma(x[0] + x[1], x23, (x[2] + x[3]) * x01) / (x01 * x23);
+      sum[i] += fma(x[0] + x[1], x23, (x[2] + x[3]) * x01) / (x01 * x23) - splat(half[d / 4]);
     }
   }
+  half += head_dim / 4 - d;
   for (; d < head_dim; ++d) {
     for (int i = 0; i < kRows; ++i) {
-      sum[i] += T(1) / joined<T, join>(splat(a[i * head_dim + d]), load(panel + d * kPanel<T>),
-                                       splat(u[d]));
+      const Vec<T> a_i = splat(a[i * head_dim + d]);
+      const Vec<T> x = joined<T, join>(a_i, load(panel + d * kPanel<T>), splat(u[d]));
+      sum[i] += T(1) / x - splat(half[d]);
     }
   }
-  for (int i = 0; i < kRows; ++i) store(scores + i * ld, fma(sum[i], splat(k2), splat(k0)));
+  for (int i = 0; i < kRows; ++i) store(scores + i * ld, sum[i] * splat(k2));
 }
 
 template <typename T>
@@ -149,7 +153,7 @@ class AdditiveScore {
   static constexpr ScoreKind kKind = ScoreKind::kAdditive;
   static constexpr int kGroupRows = 4;
   static constexpr bool kKeysPerQueryHead = true;  // the sign of w is in them
-  static std::int64_t constants_size(std::int64_t head_dim) { return 2 * padded<T>(head_dim); }
+  static std::int64_t constants_size(std::int64_t head_dim) { return 3 * padded<T>(head_dim); }
   static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
   static std::int64_t spare_size(std::int64_t head_dim, std::int64_t rows) {
     return head_dim * (rows + kPanel<T>);
@@ -157,19 +161,31 @@ class AdditiveScore {
 
   // constants: u and the sign of w. spare: q and k themselves, used by Join::kSum only.
   AdditiveScore(const AttentionProblem& p, T* constants, T* spare)
-      : p_(p), u_(constants), sign_(constants + padded<T>(p.head_dim)), spare_(spare) {}
+      : p_(p),
+        u_(constants),
+        sign_(constants + padded<T>(p.head_dim)),
+        half_(constants + 2 * padded<T>(p.head_dim)),
+        spare_(spare) {}
 
   void set_head(std::int64_t b, std::int64_t h) {
     b_ = b;
     h_ = h;
     load_row(p_.dtype, p_.weight, b * p_.weight_stride[0] + h * p_.weight_stride[1],
              p_.weight_stride[2], p_.head_dim, u_);
-    double total = 0.0;
     double largest = 0.0;
     for (std::int64_t d = 0; d < p_.head_dim; ++d) {
       const double w = __builtin_fabs(static_cast<double>(u_[d]));
-      total += w;
       largest = w > largest ? w : largest;
+    }
+    // NaN if a weight is not finite: then no score is right.
+    const std::int64_t fours = p_.head_dim / 4 * 4;
+    for (std::int64_t d = 0; d < p_.head_dim; d += d < fours ? 4 : 1) {
+      double sum = 0.0;
+      for (std::int64_t e = d; e < (d < fours ? d + 4 : d + 1); ++e) {
+        sum += __builtin_fabs(static_cast<double>(u_[e]));
+      }
+      const std::int64_t at = d < fours ? d / 4 : fours / 4 + d - fours;
+      half_[at] = sum == 0.0 ? T(0) : static_cast<T>(sum / (2.0 * largest));
     }
     for (std::int64_t d = 0; d < padded<T>(p_.head_dim); ++d) {
       const T w = d < p_.head_dim ? u_[d] : T(0);
@@ -177,9 +193,7 @@ class AdditiveScore {
       sign_[d] = w < T(0) ? T(-1) : T(1);
       u_[d] = u < static_cast<double>(Math<T>::cap) ? static_cast<T>(u) : Math<T>::cap;
     }
-    const double scale = p_.scale * Math<double>::log2e;
-    k2_ = static_cast<T>(-2.0 * largest * scale);
-    k0_ = static_cast<T>(total * scale);  // NaN or inf if a weight is: then no score is right
+    k2_ = static_cast<T>(-2.0 * largest * p_.scale * Math<double>::log2e);
   }
 
   const T* sign() const { return sign_; }
@@ -232,16 +246,16 @@ class AdditiveScore {
  private:
   template <Join join>
   void tile(const T* queries, const T* panel, std::int64_t rows, T* scores, std::int64_t ld) const {
-    for (int half = 0; half < kPanel<T>; half += kLanes<T>) {
+    for (int side = 0; side < kPanel<T>; side += kLanes<T>) {
       const T* a = queries;
-      T* s = scores + half;
+      T* s = scores + side;
       std::int64_t left = rows;
       if (left == 4) {
-        additive_tile<T, 4, join>(a, u_, panel + half, p_.head_dim, k2_, k0_, s, ld);
+        additive_tile<T, 4, join>(a, u_, half_, panel + side, p_.head_dim, k2_, s, ld);
         continue;
       }
       for (; left > 0; --left, a += p_.head_dim, s += ld) {
-        additive_tile<T, 1, join>(a, u_, panel + half, p_.head_dim, k2_, k0_, s, ld);
+        additive_tile<T, 1, join>(a, u_, half_, panel + side, p_.head_dim, k2_, s, ld);
       }
     }
   }
@@ -265,9 +279,9 @@ class AdditiveScore {
   const AttentionProblem& p_;
   T* u_;
   T* sign_;
+  T* half_;  // sums of |w| / 2c over four elements, then of the single ones behind
   T* spare_;
   T k2_ = 0;
-  T k0_ = 0;
   std::int64_t b_ = 0;
   std::int64_t h_ = 0;
   std::int64_t first_query_ = 0;

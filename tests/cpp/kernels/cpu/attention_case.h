@@ -219,9 +219,9 @@ class Instance {
     for (Tensor* tensor : {&out, &grad_query, &grad_key, &grad_value}) {
       tensor->fill([&](auto...) { return nan; });
     }
-    std::memset(lse_.data(), 0xff, lse_.size());
-    std::memset(grad_weight_.data(), 0xff, grad_weight_.size());
-    std::memset(grad_mask_.data(), 0xff, grad_mask_.size());
+    for (std::vector<char>* bytes : {&lse_, &grad_weight_, &grad_mask_}) {
+      std::fill(bytes->begin(), bytes->end(), '\xff');
+    }
 
     AttentionForward forward{problem, out.mutable_view(), lse_.data()};
     implementation.forward(forward, parallel);
