@@ -83,7 +83,7 @@ FAULTS = [
         "if (!load_biases<T>(bias, p, batch, head, pairs)) continue;",
         "plain",
         "dot causal",
-        "deadlock",
+        "names lanes that have exited",
     ),
     Fault(
         "sum not rescaled with the maximum",
@@ -92,7 +92,7 @@ FAULTS = [
         "sum[r] = sum[r] + total;",
         "plain",
         "dot one query",
-        "lse:0",
+        "out:",
     ),
     Fault(
         "0 * NaN",
