@@ -1,5 +1,6 @@
 #include "ops/canonical.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/repeat_interleave.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
@@ -17,6 +18,13 @@ using c10::SymInt;
 
 bool equal(const SymInt& a, const SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_eq(b)); }
 bool is_one(const SymInt& a) { return equal(a, 1); }
+
+// For either device: fake tensors say that theirs is Meta. The forward operator's own check, after
+// its Autocast kernel, finds what was not cast.
+bool is_autocast_on() {
+  return at::autocast::is_autocast_enabled(at::kCPU) ||
+         at::autocast::is_autocast_enabled(at::kCUDA);
+}
 
 // The size at `from_end` (-1 is the last), 1 where the tensor has no such dimension.
 SymInt size_or_one(const Tensor& t, int64_t from_end) {
@@ -151,7 +159,7 @@ Tensor CanonicalProblem::restore(const Tensor& result) const {
 CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
                               const AttentionOptions<SymInt>& options, bool is_causal,
                               bool enable_gqa) {
-  check_attention_arguments(op, t, options);
+  check_attention_arguments(op, t, options, is_autocast_on());
   TORCH_CHECK(
       !(is_causal && t.attn_mask.has_value()), op,
       ": Explicit attn_mask should not be set when is_causal=True; a mask and causal is the "

@@ -1,6 +1,5 @@
 #include "ops/checks.h"
 
-#include <ATen/autocast_mode.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
@@ -50,7 +49,7 @@ void check_broadcastable(const char* op, const char* name, const Tensor& tensor,
 }  // namespace
 
 void check_attention_arguments(const char* op, const AttentionTensors& t,
-                               const AttentionOptions<SymInt>& options) {
+                               const AttentionOptions<SymInt>& options, bool will_be_cast) {
   const Tensor& q = t.query;
   const Tensor& k = t.key;
   const Tensor& v = t.value;
@@ -60,9 +59,6 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
   TORCH_CHECK(q.device() == k.device() && q.device() == v.device(), op,
               ": Expected query, key, and value to have the same device type (got query=",
               q.device(), ", key=", k.device(), ", value=", v.device(), ")");
-  // Under autocast the public layer may see several dtypes: the forward operator's Autocast kernel
-  // brings them to one, and its own check comes after that.
-  const bool will_be_cast = at::autocast::is_autocast_enabled(q.device().type());
   TORCH_CHECK(
       will_be_cast || (q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type()),
       op, ": Expected query, key, and value to have the same dtype (got query=", q.dtype(),
@@ -115,7 +111,7 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
 
 void check_attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& options) {
   const char* op = t.name();
-  check_attention_arguments(op, t, options);
+  check_attention_arguments(op, t, options, /*will_be_cast=*/false);
   TORCH_CHECK(
       t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
       ": the inner operator takes tensors of four dimensions (got query=", t.query.sym_sizes(),

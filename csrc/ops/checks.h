@@ -10,8 +10,9 @@
 namespace torch_selfattn::ops {
 
 // Rules for tensors of any rank: devices, dtypes, the last two dimensions, and the numbers.
+// will_be_cast: dtypes may differ, since autocast is about to bring them to one.
 void check_attention_arguments(const char* op, const AttentionTensors& tensors,
-                               const AttentionOptions<c10::SymInt>& options);
+                               const AttentionOptions<c10::SymInt>& options, bool will_be_cast);
 
 // The same and the canonical shapes of ops/attention.h.
 void check_attention_forward(const AttentionTensors& tensors,

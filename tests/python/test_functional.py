@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -240,3 +241,56 @@ def test_use_implementation_holds_and_restores() -> None:
         assert "reference: runs (forced)" in torch_selfattn.explain(q, k, v)
     assert torch_selfattn.explain(q, k, v) == best
     torch.testing.assert_close(forced, torch_selfattn.dot_product_attention(q, k, v))
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_autocast_brings_dtypes_together(score: str, dtype: torch.dtype) -> None:
+    """A projected query and a weight or cache in float32 meet under autocast."""
+    tensors = problem(dtype=torch.float32)
+    exact = attend_by(score, *tensors)
+    for low in itertools.product((False, True), repeat=3):
+        cast = [x.to(dtype) if to else x for x, to in zip(tensors[:3], low, strict=True)]
+        with torch.autocast("cpu", dtype):
+            out = attend_by(score, *cast, tensors[3])
+            weights = functional.attention_weights(
+                *cast[:2], tensors[3] if score != "dot" else None
+            )
+        assert out.dtype == dtype and weights.dtype == cast[0].dtype
+        torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
+        wanted = tensors if score == "additive" else tensors[:3]
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), wanted))
+
+
+def attend_by(score: str, q, k, v, w) -> torch.Tensor:
+    if score == "dot":
+        return functional.dot_product_attention(q, k, v)
+    return functional.additive_attention(q, k, v, w)
+
+
+def test_autocast_lets_no_other_dtypes_through() -> None:
+    q, k, v, w = problem(dtype=torch.float32)
+    for device in ("cpu", "cuda"):  # the one that is there, and one that casts nothing here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # autocast for a GPU that is not there
+            with torch.autocast(device, torch.bfloat16):
+                with pytest.raises(RuntimeError, match="weight must have the dtype of query"):
+                    functional.additive_attention(q, k, v, w.double())
+                with pytest.raises(RuntimeError, match="to have the same dtype"):
+                    functional.dot_product_attention(q, k.double(), v)
+
+
+def test_autocast_compiled() -> None:
+    q, k, v, w = (x.detach() for x in problem(dtype=torch.float32))
+
+    def f(q, k, v, w):
+        return functional.additive_attention(q.bfloat16(), k, v, w)
+
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("ignore")
+        expected = f(q, k, v, w)
+        out = torch.compile(f, backend="aot_eager", fullgraph=True)(q, k, v, w)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
