@@ -220,3 +220,33 @@ for name in ("_attention_forward", "_attention_backward", "_rotary_embedding_for
 assert not any("torch_selfattn" in type(f).__module__ for f in sys.meta_path)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("how", ["unfolded", "same", "different"])
+def test_backward_operator_regenerates_the_dropout_of_its_forward(how: str) -> None:
+    """Dropped is what the forward pass dropped: with values 1 the weights that were kept show in
+    the gradient of the value."""
+    query = torch.zeros(V, B, H, L, E, dtype=torch.float64)
+    value = torch.eye(L, dtype=torch.float64).expand(V, B, H, L, L)
+    numbers = (None, 0.5, -1, -1, 0)
+    forward = torch.ops.torch_selfattn._attention_forward
+    backward = torch.ops.torch_selfattn._attention_backward
+    grad = torch.eye(L, dtype=torch.float64).expand(V, B, H, L, L)
+
+    def both(query, value, grad):
+        tensors = (query, query, value, None, None, None, None, None)
+        saved = forward(*tensors, *numbers)
+        return saved[0], backward(grad, None, *tensors, *saved, *numbers, False)[2]
+
+    if how == "unfolded":
+        tensors = (query[0], query[0], value[0], None, None, None, None, None)
+        saved = forward(*tensors, *numbers)
+        out = saved[0].expand(V, B, H, L, L)
+        (_, _, grad_value, *_) = torch.vmap(
+            lambda g: backward(g, None, *tensors, *saved, *numbers, False)
+        )(grad)
+    else:
+        out, grad_value = torch.vmap(both, randomness=how)(query, value, grad)
+    # out = P * dropout; dV = (P * dropout)^T dO
+    assert ((out == 0) | (out - 2 / L).abs().lt(1e-12)).all() and 0 < (out == 0).sum()
+    torch.testing.assert_close(grad_value, out.transpose(-2, -1))
