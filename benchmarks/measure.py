@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 MIN_SAMPLE_SECONDS = 0.005
-MIN_SAMPLES = 3
+MIN_SAMPLES = 5
 MAX_SAMPLES = 50
 
 
@@ -47,6 +47,15 @@ def _seconds(function: Callable[[], Any], calls: int, device: str) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def _typical_seconds(function: Callable[[], Any], device: str) -> float:
+    """Of a warm call that was not interrupted: the shortest of a few."""
+    function()
+    times = [_seconds(function, 1, device)]
+    while len(times) < 10 and sum(times) < 0.2:
+        times.append(_seconds(function, 1, device))
+    return min(times)
+
+
 def interleaved_times(
     functions: Mapping[str, Callable[[], Any]], device: str, seconds: float
 ) -> dict[str, Times]:
@@ -58,11 +67,9 @@ def interleaved_times(
     calls: dict[str, int] = {}
     rounds: dict[str, int] = {}
     for name, function in functions.items():
-        for _ in range(2):  # the second call is warm
-            once = _seconds(function, 1, device)
+        once = _typical_seconds(function, device)
         calls[name] = max(1, round(MIN_SAMPLE_SECONDS / once))
-        sample = _seconds(function, calls[name], device) * calls[name]
-        rounds[name] = min(MAX_SAMPLES, max(MIN_SAMPLES, int(seconds / sample)))
+        rounds[name] = min(MAX_SAMPLES, max(MIN_SAMPLES, int(seconds / (once * calls[name]))))
     total = max(rounds.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     gc_was_enabled = gc.isenabled()
