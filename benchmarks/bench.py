@@ -11,6 +11,7 @@ report.py makes tables and pictures of it.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ from typing import Any
 # For `benchmarks`; at the end, so that the torch_selfattn of PYTHONPATH or the environment comes
 # before the one of this checkout.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    # One core per thread, before torch starts them: two threads that the system has put on one core
+    # wait for each other, and every time is a multiple of its time slice.
+    os.environ.setdefault("OMP_PROC_BIND", "close")
+    os.environ.setdefault("OMP_PLACES", "cores")
 
 import torch
 from torch import Tensor
