@@ -16,6 +16,8 @@ import torch
 
 MIN_SAMPLE_SECONDS = 0.005
 MIN_SAMPLES = 5
+MIN_SAMPLES_OF_SLOW = 3  # of calls that take longer than SLOW_SECONDS
+SLOW_SECONDS = 5.0
 MAX_SAMPLES = 50
 
 
@@ -61,15 +63,15 @@ def interleaved_times(
 ) -> dict[str, Times]:
     """Times all functions in turn, so that a busy moment of the machine meets all of them.
 
-    Each gets about `seconds`: the slow ones take part in fewer rounds, evenly spread, but in
-    MIN_SAMPLES at least.
+    Each gets about `seconds`: the slow ones take part in fewer rounds, evenly spread.
     """
     calls: dict[str, int] = {}
     rounds: dict[str, int] = {}
     for name, function in functions.items():
         once = _typical_seconds(function, device)
         calls[name] = max(1, round(MIN_SAMPLE_SECONDS / once))
-        rounds[name] = min(MAX_SAMPLES, max(MIN_SAMPLES, int(seconds / (once * calls[name]))))
+        fewest = MIN_SAMPLES_OF_SLOW if once > SLOW_SECONDS else MIN_SAMPLES
+        rounds[name] = min(MAX_SAMPLES, max(fewest, int(seconds / (once * calls[name]))))
     total = max(rounds.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     gc_was_enabled = gc.isenabled()
