@@ -49,7 +49,10 @@ def read(paths: Iterable[Path]) -> tuple[list[Record], list[Record]]:
                 environments.append(record)
                 continue
             identity = ("type", "problem", "dtype", "device", "threads", "pass", "candidate")
-            results[str([record.get(k) for k in identity])] = record
+            # Time and memory may have been measured in runs of their own.
+            key = str([record.get(k) for k in identity])
+            known = {k: v for k, v in record.items() if v is not None}
+            results[key] = {**results.get(key, {}), **known}
     return environments, list(results.values())
 
 
