@@ -72,6 +72,8 @@ def milliseconds(record: Record | None) -> str:
     if record is None:
         return ""
     if "seconds" not in record:
+        if record["status"] == "ok":  # only its memory was measured
+            return ""
         return "does not fit" if "memory" in record.get("reason", "") else record["status"]
     return f"{1e3 * record['seconds']['median']:#.3g}".rstrip(".")
 
