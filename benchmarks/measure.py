@@ -141,8 +141,9 @@ def import_seconds(runs: int) -> Times:
         "import time, torch; begin = time.perf_counter(); import torch_selfattn; "
         "print(time.perf_counter() - begin)"
     )
+    folder = Path(__file__).parent  # -c puts the current folder first; here is no torch_selfattn
     samples = [
-        float(subprocess.check_output([sys.executable, "-c", program], text=True))
+        float(subprocess.check_output([sys.executable, "-c", program], text=True, cwd=folder))
         for _ in range(runs + 1)
     ]
     return Times.of(samples[1:], 1)  # the first one reads the files from the disk
