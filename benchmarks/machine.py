@@ -42,7 +42,8 @@ def _commit() -> str:
         ).strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        results = ":!benchmarks/results"  # being written
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(root), results)
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -68,6 +68,16 @@ def select(records: Iterable[Record], op: str, one_pass: str | None = None) -> l
     ]
 
 
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Plain problems first, then causal and masked ones; short before long."""
+    keys = ("mask", "causal", "kv_heads", "batch", "heads", "head_dim", "key_length")
+    return sorted(records, key=lambda r: [r["problem"][k] for k in keys])
+
+
+def three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def milliseconds(record: Record | None) -> str:
     if record is None:
         return ""
@@ -75,7 +85,7 @@ def milliseconds(record: Record | None) -> str:
         if record["status"] == "ok":  # only its memory was measured
             return ""
         return "does not fit" if "memory" in record.get("reason", "") else record["status"]
-    return f"{1e3 * record['seconds']['median']:#.3g}".rstrip(".")
+    return three_digits(1e3 * record["seconds"]["median"])
 
 
 def table(records: list[Record], op: str) -> list[str]:
@@ -98,7 +108,7 @@ def table(records: list[Record], op: str) -> list[str]:
 def memory_table(records: list[Record]) -> list[str]:
     """Peak memory of ours beside what inputs and results take by themselves."""
     lines = ["| | | on top of the inputs | all / (inputs and results) |", "|---|---|--:|--:|"]
-    for r in measurements(records):
+    for r in in_order(measurements(records)):
         memory = r.get("memory", {})
         if r["candidate"] == "ours" and "peak_bytes" in memory:
             everything = memory["input_bytes"] + memory["peak_bytes"]
@@ -111,7 +121,8 @@ def memory_table(records: list[Record]) -> list[str]:
 
 def summary(records: list[Record]) -> list[str]:
     """Ours and its fastest peer by length, of the shape that was measured at most lengths."""
-    timed = [r for r in records if r["candidate"] == "ours" and "speedup" in r and _square(r)]
+    timed = [r for r in in_order(records) if "speedup" in r and _square(r)]
+    timed = [r for op in OPS for r in select(timed, op) if r["candidate"] == "ours"]
     shapes = [_shape(r) for r in timed]
     timed = [r for r in timed if _shape(r) == max(shapes, key=shapes.count)]
     lengths = sorted({r["problem"]["key_length"] for r in timed})
@@ -122,9 +133,10 @@ def summary(records: list[Record]) -> list[str]:
         title = f"{score}{', causal' if r['problem']['causal'] else ''}, {TITLES[r['pass']]}"
         ours = 1e3 * r["seconds"]["median"]
         rows.setdefault(title, {})[r["problem"]["key_length"]] = (
-            f"{ours:.3g} / {ours * r['speedup']:.3g} {names[r['best_peer']]}: "
-            f"**{r['speedup']:.2g}x**"
+            f"{three_digits(ours)} / {three_digits(ours * r['speedup'])} "
+            f"{names[r['best_peer']]}: **{r['speedup']:.2g}x**"
         )
+    rows = {title: row for title, row in rows.items() if len(row) == len(lengths)}
     if not rows:
         return []
     heads, head_dim = _shape(timed[0])
@@ -162,7 +174,7 @@ def documents(environments: list[Record], records: list[Record]) -> dict[str, st
     imports = [r for r in records if r["type"] == "import"]
     if imports:
         seconds = imports[-1]["seconds"]["median"]
-        blocks.append(f"`import torch_selfattn` takes {seconds:.2f} s beyond `import torch`.")
+        blocks.append(f"`import torch_selfattn` takes {seconds:.3f} s beyond `import torch`.")
     where = sources(environments)
     return {
         "summary": "\n".join(summary(measurements(records))) + f"\n\n{where}",
@@ -216,7 +228,7 @@ def draw_speedup(records: list[Record], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     times: dict[str, dict[tuple[str, str], float]] = {}
-    timed = [r for r in select(records, "dot") if "seconds" in r]
+    timed = [r for r in in_order(select(records, "dot")) if "seconds" in r]
     for r in timed:
         cells = times.setdefault(r["label"].removeprefix("B1 "), {})
         cells[r["pass"], r["candidate"]] = r["seconds"]["median"]
@@ -250,7 +262,7 @@ def draw_speedup(records: list[Record], path: Path) -> bool:
 def _rows(records: list[Record], op: str) -> dict[tuple[str, str], dict[str, Record]]:
     """(label, pass): candidate: record."""
     rows: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in select(records, op):
+    for record in in_order(select(records, op)):
         rows.setdefault((record["label"], record["pass"]), {})[record["candidate"]] = record
     return rows
 

@@ -129,6 +129,13 @@ def test_a_wrong_result_of_ours_fails_the_run(run, monkeypatch):
     assert all("speedup" not in r for r in records)
 
 
+def test_a_problem_stands_in_one_set_only():
+    """Else a report would compare figures of different runs. (`quick` is not reported.)"""
+    sets = {n: s for n, s in problem_sets.SETS.items() if n not in ("quick", "memory")}
+    problems = [problem for s in sets.values() for problem in s]
+    assert len(problems) == len(set(problems))
+
+
 def test_records(run):
     _, records = run([TINY["additive"]], "--against", "eager", "keras")
     assert len(records) == 6
@@ -219,11 +226,13 @@ def test_report(tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "old" not in text and text.count("between") == 1
-    assert "| additive, forward | 2 / 4 compile: **2x** | 40 / 80 compile: **2x** |" in text
+    assert (
+        "| additive, forward | 2.00 / 4.00 compile: **2x** | 40.0 / 80.0 compile: **2x** |" in text
+    )
     assert "| B1 H8 L128 D64 | forward | 2.00 | 4.00 | 20.0 | 2x |" in text
     assert "| B1 H8 L512 D64 | forward | 40.0 | 80.0 | does not fit | 2x |" in text
     assert "| additive B1 H8 L512 D64 | forward | 3.0 MiB | 1.50 |" in text
-    assert "takes 0.12 s beyond" in text
+    assert "takes 0.120 s beyond" in text
     assert text.count("some processor") == 2 and "commit 0123456789" in text
     for name in ("additive_time.png", "dot_speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
