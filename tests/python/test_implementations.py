@@ -45,6 +45,20 @@ def test_the_best_for_this_cpu_runs():
     for score in SCORES:
         said = explain(BY_NAME["plain"].arguments(score, torch.float32))
         assert said[best] == "runs", said
+        said = explain(BY_NAME["plain"].arguments(score, torch.bfloat16))
+        pairs = score == "dot" and best == "avx512" and "avx512_bf16" in flags
+        assert said["avx512bf16" if pairs else best] == "runs", said
+
+
+@pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this CPU has no AVX512-BF16")
+def test_products_of_pairs_refuse_what_they_would_round():
+    for score, dtype, reason in (
+        ("dot", torch.float32, "the inputs are not bfloat16"),
+        ("dot", torch.float16, "the inputs are not bfloat16"),
+        ("additive", torch.bfloat16, "the additive score has no products of pairs"),
+    ):
+        said = explain(BY_NAME["plain"].arguments(score, dtype))
+        assert said["avx512bf16"] == f"not supported, {reason}"
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -13,6 +13,8 @@ void attention_forward_avx2(const AttentionForward& call, const Parallel& parall
 void attention_backward_avx2(const AttentionBackward& call, const Parallel& parallel);
 void attention_forward_avx512(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_avx512(const AttentionBackward& call, const Parallel& parallel);
+void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel);
 #endif
 
 namespace {
@@ -33,10 +35,21 @@ const char* avx512_not_supported(const AttentionProblem& /*problem*/) {
       __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return supported ? nullptr : "this CPU has no AVX-512 (F, BW, VL, DQ)";
 }
+
+const char* avx512bf16_not_supported(const AttentionProblem& problem) {
+  static const bool supported =
+      avx512_not_supported(problem) == nullptr && __builtin_cpu_supports("avx512bf16");
+  if (!supported) return "this CPU has no AVX512-BF16";
+  if (problem.dtype != DType::kBFloat16) return "the inputs are not bfloat16";
+  if (problem.score != ScoreKind::kDotProduct) return "the additive score has no products of pairs";
+  return nullptr;
+}
 #endif
 
 const AttentionImplementation implementations[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", avx512bf16_not_supported, attention_forward_avx512bf16,
+     attention_backward_avx512bf16},
     {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512},
     {"avx2", avx2_not_supported, attention_forward_avx2, attention_backward_avx2},
 #endif

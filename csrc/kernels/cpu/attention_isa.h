@@ -10,14 +10,14 @@ inline void forward(const AttentionForward& call, const Parallel& parallel) {
   const bool additive = call.problem.score == ScoreKind::kAdditive;
   if (call.problem.compute_in_double()) {
     if (additive) {
-      ForwardKernel<double, AdditiveScore>(call, parallel).run();
+      ForwardKernel<AdditiveScore<Elements<double>>>(call, parallel).run();
     } else {
-      ForwardKernel<double, DotScore>(call, parallel).run();
+      ForwardKernel<DotScore<Elements<double>>>(call, parallel).run();
     }
   } else if (additive) {
-    ForwardKernel<float, AdditiveScore>(call, parallel).run();
+    ForwardKernel<AdditiveScore<Elements<float>>>(call, parallel).run();
   } else {
-    ForwardKernel<float, DotScore>(call, parallel).run();
+    ForwardKernel<DotScore<Elements<float>>>(call, parallel).run();
   }
 }
 
@@ -25,14 +25,14 @@ inline void backward(const AttentionBackward& call, const Parallel& parallel) {
   const bool additive = call.problem.score == ScoreKind::kAdditive;
   if (call.problem.compute_in_double()) {
     if (additive) {
-      BackwardKernel<double, AdditiveGradient>(call, parallel).run();
+      BackwardKernel<AdditiveGradient<Elements<double>>>(call, parallel).run();
     } else {
-      BackwardKernel<double, DotGradient>(call, parallel).run();
+      BackwardKernel<DotGradient<Elements<double>>>(call, parallel).run();
     }
   } else if (additive) {
-    BackwardKernel<float, AdditiveGradient>(call, parallel).run();
+    BackwardKernel<AdditiveGradient<Elements<float>>>(call, parallel).run();
   } else {
-    BackwardKernel<float, DotGradient>(call, parallel).run();
+    BackwardKernel<DotGradient<Elements<float>>>(call, parallel).run();
   }
 }
 

@@ -27,10 +27,12 @@
 // Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-template <typename T, template <typename> typename GradientOf>
+template <typename GradientT>
 class BackwardKernel {
  public:
-  using Gradient = GradientOf<T>;
+  using Gradient = GradientT;
+  using Operand = typename Gradient::Operand;
+  using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Gradient::kGroupRows;
 
   BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
@@ -70,6 +72,8 @@ class BackwardKernel {
   }
 
  private:
+  // Operands of sums along rows and across rows differ; of single elements they are the same.
+  static constexpr bool kPacksTwice = Operand::kPack > 1;
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
@@ -77,6 +81,9 @@ class BackwardKernel {
   void plan() {
     query_width_ = padded<T>(p_.head_dim);
     value_width_ = padded<T>(p_.value_dim);
+    query_words_ = padded<T>(Operand::words(p_.head_dim));
+    value_words_ = padded<T>(Operand::words(p_.value_dim));
+    row_words_ = Operand::words(p_.query_length);
     const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
     block_keys_ = smaller(Gradient::kBlockKeys, larger<std::int64_t>(16384 / widest, 1));
     block_keys_ = smaller(block_keys_, larger<std::int64_t>(p_.key_length, 1));
@@ -109,9 +116,9 @@ class BackwardKernel {
     mask_direct_ =
         mask_parts_[0] * mask_parts_[1] * mask_parts_[2] == 1 && p_.mask_dtype == dtype_of<T>();
 
-    copy_query_ = rows_in_place<T>(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
+    copy_query_ = Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
     copy_grad_out_ =
-        rows_in_place<T>(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
+        Operand::in_place(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
     grad_query_in_place_ = groups_ == 1 && p_.dtype == dtype_of<T>() &&
                            call_.grad_query.stride[3] == 1 && p_.head_dim % kLanes<T> == 0;
   }
@@ -122,8 +129,13 @@ class BackwardKernel {
     lse_ = carver.take<T>(rows);
     norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
-    if (copy_query_) query_ = carver.take<T>(rows * query_width_);
-    if (copy_grad_out_) grad_out_ = carver.take<T>(rows * value_width_);
+    const std::int64_t across = p_.batch * p_.heads * row_words_;
+    if (copy_query_) query_across_ = carver.take<T>(across * query_width_);
+    if (copy_grad_out_) grad_out_across_ = carver.take<T>(across * value_width_);
+    if constexpr (kPacksTwice) {
+      query_along_ = carver.take<T>(rows * query_words_);
+      grad_out_along_ = carver.take<T>(rows * value_words_);
+    }
     if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
     if (Gradient::kHasWeight) {
       weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
@@ -149,11 +161,12 @@ class BackwardKernel {
       spare = carver.take<T>(Score::spare_size(head_dim, k.block_rows_));
       gradient = carver.take<T>(Gradient::buffer_size(head_dim));
       queries = carver.take<T>(k.block_rows_ * Gradient::query_size(head_dim));
-      key_panels = carver.take<T>(k.block_keys_ * head_dim);
+      key_panels = carver.take<T>(k.block_keys_ * Score::key_size(head_dim));
       bounds = carver.take<T>(k.block_keys_ / kPanel<T>);
-      value_panels = carver.take<T>(k.block_keys_ * k.p_.value_dim);
+      value_panels = carver.take<T>(k.block_keys_ * Operand::words(k.p_.value_dim));
       weights = carver.take<T>(k.block_rows_ * k.score_ld_);
       grad_scores = carver.take<T>(k.block_rows_ * k.score_ld_);
+      packed_grad_scores = carver.take<T>(kPacksTwice ? k.block_rows_ * k.packed_ld() : 0);
       row = carver.take<T>(k.score_ld_);
       grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
       grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
@@ -164,7 +177,8 @@ class BackwardKernel {
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
-    T *weights, *grad_scores, *row, *grad_key, *grad_key_head, *grad_value, *factors;
+    T *weights, *grad_scores, *packed_grad_scores, *row, *grad_key, *grad_key_head, *grad_value,
+        *factors;
     RowRanges* ranges;
     TileRanges* tile;
     std::int64_t bytes;
@@ -176,24 +190,36 @@ class BackwardKernel {
   std::int64_t first_row(std::int64_t b, std::int64_t h) const {
     return (b * p_.heads + h) * p_.query_length;
   }
+  std::int64_t first_word(std::int64_t b, std::int64_t h) const {
+    return (b * p_.heads + h) * row_words_;
+  }
+  std::int64_t packed_ld() const { return Operand::words(score_ld_); }
 
   // delta, lse in log2, and copies of what cannot be read in place, of rows [begin, end).
   void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
     const std::int64_t row0 = first_row(b, h);
     const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
     const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
+    const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
+    const std::int64_t word = first_word(b, h) + begin / Operand::kPack;
     if (copy_query_) {
-      copy_rows(rows_of(p_.dtype, p_.query, b, h, p_.head_dim), begin, end - begin,
-                query_ + (row0 + begin) * query_width_);
+      pack_across_rows<Operand>(query, begin, end - begin, query_across_ + word * query_width_);
     }
     if (copy_grad_out_) {
-      copy_rows(grad, begin, end - begin, grad_out_ + (row0 + begin) * value_width_);
+      pack_across_rows<Operand>(grad, begin, end - begin, grad_out_across_ + word * value_width_);
+    }
+    if constexpr (kPacksTwice) {
+      pack_along_rows<Operand>(query, begin, end - begin,
+                               query_along_ + (row0 + begin) * query_words_);
+      pack_along_rows<Operand>(grad, begin, end - begin,
+                               grad_out_along_ + (row0 + begin) * value_words_);
     }
     for (std::int64_t i = begin; i < end; ++i) {
       Vec<T> sum{};
       for (std::int64_t d = 0; d < p_.value_dim; d += kLanes<T>) {
         const std::int64_t n = smaller<std::int64_t>(kLanes<T>, p_.value_dim - d);
-        sum = fma(load_part(out, i, d, n), load_part(grad, i, d, n), sum);
+        sum =
+            fma(load_elements_of_row<T>(out, i, d, n), load_elements_of_row<T>(grad, i, d, n), sum);
       }
       T delta = sum_lanes<T>(sum);
       if (call_.grad_lse != nullptr) delta -= static_cast<const T*>(call_.grad_lse)[row0 + i];
@@ -230,31 +256,29 @@ class BackwardKernel {
     norm = T(1) / total;
   }
 
-  // Elements [d, d + n) of a row, zeros behind.
-  static Vec<T> load_part(const Rows& rows, std::int64_t i, std::int64_t d, std::int64_t n) {
-    if (rows.dtype == dtype_of<T>() && rows.element_stride == 1) {
-      return load_up_to(static_cast<const T*>(rows.data) + rows.at(i) + d, n);
-    }
-    T widened[kLanes<T>] = {};
-    load_row(rows.dtype, rows.data, rows.at(i) + d * rows.element_stride, rows.element_stride, n,
-             widened);
-    return load(widened);
-  }
-
   // Rows of a head, as the products read them: where they are, or the copy.
   struct Matrix {
     const T* data;
     std::int64_t ld;
+    const T* row(std::int64_t r) const { return data + r * ld; }
   };
-  Matrix query_matrix(std::int64_t b, std::int64_t h) const {
-    if (copy_query_) return {query_ + first_row(b, h) * query_width_, query_width_};
+  Matrix query_across(std::int64_t b, std::int64_t h) const {
+    if (copy_query_) return {query_across_ + first_word(b, h) * query_width_, query_width_};
     const Rows rows = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
-    return {rows_in_place<T>(rows), rows.row_stride};
+    return {Operand::in_place(rows), rows.row_stride};
   }
-  Matrix grad_out_matrix(std::int64_t b, std::int64_t h) const {
-    if (copy_grad_out_) return {grad_out_ + first_row(b, h) * value_width_, value_width_};
+  Matrix grad_out_across(std::int64_t b, std::int64_t h) const {
+    if (copy_grad_out_) return {grad_out_across_ + first_word(b, h) * value_width_, value_width_};
     const Rows rows = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
-    return {rows_in_place<T>(rows), rows.row_stride};
+    return {Operand::in_place(rows), rows.row_stride};
+  }
+  Matrix query_along(std::int64_t b, std::int64_t h) const {
+    if constexpr (!kPacksTwice) return query_across(b, h);
+    return {query_along_ + first_row(b, h) * query_words_, query_words_};
+  }
+  Matrix grad_out_along(std::int64_t b, std::int64_t h) const {
+    if constexpr (!kPacksTwice) return grad_out_across(b, h);
+    return {grad_out_along_ + first_row(b, h) * value_words_, value_words_};
   }
   struct MutableMatrix {
     T* data;
@@ -324,8 +348,8 @@ class BackwardKernel {
       for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
         const std::int64_t first = n * k.block_keys_;
         const std::int64_t keys = smaller(k.block_keys_, p.key_length - first);
-        pack_panels(rows_of(p.dtype, p.value, b, hk, p.value_dim), first, keys, buffer.value_panels,
-                    Unchanged<T>{});
+        pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first, keys,
+                             buffer.value_panels, Unchanged<T>{});
         fill_zero(buffer.grad_key, keys * k.query_width_);
         fill_zero(buffer.grad_value, keys * k.value_width_);
         for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
@@ -412,20 +436,21 @@ class BackwardKernel {
       TileRanges& tile = *buffer.tile;
       tile.template compute<kGroupRows>(ranges, rows, first, keys);
 
-      const Matrix query = k.query_matrix(b, h);
-      const Matrix grad_out = k.grad_out_matrix(b, h);
-      const T* const grad_out_rows = grad_out.data + i0 * grad_out.ld;
-      gradient.load_queries(b, h, i0, rows, query.data + i0 * query.ld, query.ld, buffer.queries);
+      const Matrix query = k.query_along(b, h);
+      const Matrix grad_out = k.grad_out_along(b, h);
+      const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
+      const std::int64_t value_size = Operand::words(p.value_dim);
+      gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
           const std::int64_t at = r * k.score_ld_ + u;
-          gradient.scores(r, n, buffer.key_panels + u * p.head_dim, buffer.bounds[u / kPanel<T>],
+          gradient.scores(r, n, buffer.key_panels + u * key_size, buffer.bounds[u / kPanel<T>],
                           first + u, buffer.weights + at, k.score_ld_);
-          multiply_rows<T, 2, false, true>(n, grad_out_rows + r * grad_out.ld, grad_out.ld,
-                                           buffer.value_panels + u * p.value_dim, kPanel<T>,
-                                           p.value_dim, buffer.grad_scores + at, k.score_ld_);
+          multiply_rows<Operand, 2, false, true>(n, grad_out.row(i0 + r), grad_out.ld,
+                                                 buffer.value_panels + u * value_size, kPanel<T>,
+                                                 value_size, buffer.grad_scores + at, k.score_ld_);
         }
       }
       double total = 0.0;
@@ -433,17 +458,25 @@ class BackwardKernel {
         const std::int64_t g = r / kGroupRows;
         if (!tile.group_is_empty(g)) total += softmax_row(b, h, i0 + r, r, g, first, zeros);
       }
-      add_transposed<T, kGroupRows>(tile, rows, keys, zeros, buffer.weights, k.score_ld_,
-                                    grad_out_rows, grad_out.ld, buffer.grad_value, k.value_width_);
+      if constexpr (kPacksTwice) pack_tile(tile, rows);
+      const std::int64_t word = i0 / Operand::kPack;
+      const std::int64_t across_ld = Operand::kPack * k.score_ld_;
+      const Matrix grad_out_across = k.grad_out_across(b, h);
+      const Matrix query_across = k.query_across(b, h);
+      add_transposed<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights, across_ld,
+                                          grad_out_across.row(word), grad_out_across.ld,
+                                          buffer.grad_value, k.value_width_);
       const MutableMatrix dq = k.grad_query_matrix(b, h, group);
       GradientTile<T> work;
       work.ranges = &tile;
       work.rows = rows;
       work.keys = keys;
-      work.gradient = buffer.grad_scores;
-      work.ld = k.score_ld_;
-      work.query = query.data + i0 * query.ld;
-      work.query_ld = query.ld;
+      work.gradient = kPacksTwice ? buffer.packed_grad_scores : buffer.grad_scores;
+      work.ld = kPacksTwice ? k.packed_ld() : k.score_ld_;
+      work.gradient_across = buffer.grad_scores;
+      work.across_ld = across_ld;
+      work.query = query_across.row(word);
+      work.query_ld = query_across.ld;
       work.grad_query = dq.data + i0 * dq.ld;
       work.grad_query_ld = dq.ld;
       work.grad_key = buffer.grad_key_head;
@@ -451,6 +484,36 @@ class BackwardKernel {
       double* const sums = Gradient::kHasWeight ? weight_sums(b, h) : nullptr;
       gradient.accumulate(work, first, buffer.bounds, sums);
       if (Gradient::kHasWeight) sums[k.query_width_] += total;
+    }
+
+    // Weights and gradients of the scores as operands: words across two rows take the place of the
+    // first row; the gradients are also packed along the rows.
+    void pack_tile(const TileRanges& tile, std::int64_t rows) const {
+      if constexpr (kPacksTwice) {
+        constexpr int lanes = kLanes<T>;
+        const std::int64_t ld = k.score_ld_;
+        for (std::int64_t r = 0; r < rows; r += 2) {
+          const std::int64_t g = r / kGroupRows;
+          if (tile.group_is_empty(g)) continue;
+          const std::int64_t begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
+          const std::int64_t end = round_up(tile.group_end[g], kPanel<T>);
+          T* const weights = buffer.weights + r * ld;
+          T* const grads = buffer.grad_scores + r * ld;
+          T* const along = buffer.packed_grad_scores + r * k.packed_ld();
+          if (r + 1 == rows) {
+            fill_zero(weights + ld + begin, end - begin);
+            fill_zero(grads + ld + begin, end - begin);
+          }
+          for (std::int64_t j = begin; j < end; j += kPanel<T>) {
+            store(along + Operand::words(j), Operand::round_along(grads + j));
+            store(along + k.packed_ld() + Operand::words(j), Operand::round_along(grads + ld + j));
+            for (std::int64_t x = j; x < j + kPanel<T>; x += lanes) {
+              store(weights + x, Operand::round_across(load(weights + x), load(weights + ld + x)));
+              store(grads + x, Operand::round_across(load(grads + x), load(grads + ld + x)));
+            }
+          }
+        }
+      }
     }
 
     // Row r of the tile: scores and dP become f p and G; 0 for keys that the row may not see, in
@@ -624,6 +687,7 @@ class BackwardKernel {
   Dropout dropout_;
 
   std::int64_t query_width_ = 0, value_width_ = 0;
+  std::int64_t query_words_ = 0, value_words_ = 0, row_words_ = 0;
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
@@ -637,8 +701,10 @@ class BackwardKernel {
   T* lse_ = nullptr;               // [b][h][i] in units of log2
   T* norm_ = nullptr;              // [b][h][i]: 1, or see exact_statistics
   char* huge_ = nullptr;           // [b][h][i]: the scores of the row are huge
-  T* query_ = nullptr;             // [b][h][i][query_width_]
-  T* grad_out_ = nullptr;          // [b][h][i][value_width_]
+  T* query_across_ = nullptr;      // [b][h][row_words_][query_width_]
+  T* grad_out_across_ = nullptr;   // [b][h][row_words_][value_width_]
+  T* query_along_ = nullptr;       // [b][h][i][query_words_], if kPacksTwice
+  T* grad_out_along_ = nullptr;    // [b][h][i][value_words_], if kPacksTwice
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
   T* mask_ = nullptr;              // [part][mask elements]

@@ -23,10 +23,12 @@
 // double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-template <typename T, template <typename> typename ScoreOf>
+template <typename ScoreT>
 class ForwardKernel {
  public:
-  using Score = ScoreOf<T>;
+  using Score = ScoreT;
+  using Operand = typename Score::Operand;
+  using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
@@ -91,15 +93,17 @@ class ForwardKernel {
     split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
     splits_ = (keys + split_keys_ - 1) / split_keys_;
     shared_keys_ = p_.key_length > 0 && blocks_ * p_.heads > packed_heads();
-    copy_values_ = rows_in_place<T>(value_rows(0, 0)) == nullptr;
+    copy_values_ = Operand::in_place(value_rows(0, 0)) == nullptr;
   }
 
   void carve(Carver& carver) {
     const std::int64_t keys = round_up(p_.key_length, kPanel<T>);
     if (shared_keys_) {
-      key_panels_ = carver.take<T>(p_.batch * packed_heads() * keys * p_.head_dim);
+      key_panels_ = carver.take<T>(p_.batch * packed_heads() * keys * key_size());
       key_bounds_ = carver.take<T>(p_.batch * packed_heads() * (keys / kPanel<T>));
-      if (copy_values_) values_ = carver.take<T>(p_.batch * p_.kv_heads * keys * width_);
+      if (copy_values_) {
+        values_ = carver.take<T>(p_.batch * p_.kv_heads * Operand::words(keys) * width_);
+      }
     }
     if (splits_ > 1) {
       const std::int64_t rows = splits_ * p_.batch * p_.heads * p_.query_length;
@@ -126,9 +130,10 @@ class ForwardKernel {
       maximum = carver.take<T>(rows);
       total = carver.take<T>(rows);
       row = carver.take<T>(k.score_ld_);
-      panels = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ * k.p_.head_dim);
+      panels = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ * k.key_size());
       bounds = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ / kPanel<T>);
-      values = carver.take<T>(k.shared_keys_ || !k.copy_values_ ? 0 : k.block_keys_ * k.width_);
+      values = carver.take<T>(
+          k.shared_keys_ || !k.copy_values_ ? 0 : Operand::words(k.block_keys_) * k.width_);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges>(1);
       bytes = carver.used();
@@ -150,6 +155,7 @@ class ForwardKernel {
   Rows value_rows(std::int64_t b, std::int64_t hk) const {
     return rows_of(p_.dtype, p_.value, b, hk, p_.value_dim);
   }
+  std::int64_t key_size() const { return Score::key_size(p_.head_dim); }
   std::int64_t padded_keys() const { return round_up(p_.key_length, kPanel<T>); }
 
   // Keys and values from j of packed head `head` (over batch and heads).
@@ -161,11 +167,12 @@ class ForwardKernel {
     const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
     Score score(p_, buffer.constants, buffer.spare);
     score.set_head(b, h);
-    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * p_.head_dim,
+    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * key_size(),
                     key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
     if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
-      copy_rows(value_rows(b, hk), j, n,
-                values_ + ((b * p_.kv_heads + hk) * padded_keys() + j) * width_);
+      pack_across_rows<Operand>(
+          value_rows(b, hk), j, n,
+          values_ + Operand::words((b * p_.kv_heads + hk) * padded_keys() + j) * width_);
     }
   }
 
@@ -175,7 +182,7 @@ class ForwardKernel {
     std::int64_t keys;
     const T* panels;
     const T* bounds;
-    const T* values;
+    const T* values;  // packed across rows
     std::int64_t value_ld;
   };
 
@@ -209,21 +216,22 @@ class ForwardKernel {
       const Rows value = k.value_rows(b, hk);
       if (!k.copy_values_) {
         block.value_ld = value.row_stride;
-        block.values = rows_in_place<T>(value) + first * value.row_stride;
+        block.values = Operand::in_place(value) + first * value.row_stride;
       }
       if (k.shared_keys_) {
         const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h : hk);
-        block.panels = k.key_panels_ + (head * k.padded_keys() + first) * p.head_dim;
+        block.panels = k.key_panels_ + (head * k.padded_keys() + first) * k.key_size();
         block.bounds = k.key_bounds_ + (head * k.padded_keys() + first) / kPanel<T>;
         if (k.copy_values_) {
-          block.values = k.values_ + ((b * p.kv_heads + hk) * k.padded_keys() + first) * k.width_;
+          const std::int64_t row = (b * p.kv_heads + hk) * k.padded_keys() + first;
+          block.values = k.values_ + Operand::words(row) * k.width_;
         }
       } else {
         score.pack_keys(k.key_rows(b, hk), first, keys, buffer.panels, buffer.bounds);
         block.panels = buffer.panels;
         block.bounds = buffer.bounds;
         if (k.copy_values_) {
-          copy_rows(value, first, keys, buffer.values);
+          pack_across_rows<Operand>(value, first, keys, buffer.values);
           block.values = buffer.values;
         }
       }
@@ -243,7 +251,8 @@ class ForwardKernel {
       for (; first < all.end; first += k.block_keys_) {
         const KeyBlock block =
             key_block(buffer, score, first, smaller(k.block_keys_, all.end - first));
-        buffer.tile->template compute<kGroupRows>(*buffer.ranges, rows, first, block.keys);
+        buffer.tile->template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first,
+                                                                  block.keys);
         score_tile(buffer, score, block, rows);
         for (std::int64_t r = 0; r < rows; ++r) {
           const std::int64_t g = r / kGroupRows;
@@ -260,7 +269,7 @@ class ForwardKernel {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
           score.scores(buffer.queries, r, smaller<std::int64_t>(kGroupRows, rows - r),
-                       block.panels + u * k.p_.head_dim, block.bounds[u / kPanel<T>],
+                       block.panels + u * k.key_size(), block.bounds[u / kPanel<T>],
                        block.first + u, buffer.scores + r * k.score_ld_ + u, k.score_ld_);
         }
       }
@@ -276,6 +285,7 @@ class ForwardKernel {
       T* const row = buffer.scores + r * k.score_ld_;
       if (tile.row_is_empty(r)) {
         fill_zero(row + tile.group_begin[g], tile.group_end[g] - tile.group_begin[g]);
+        pack_weights(row, tile.group_begin[g], tile.group_end[g]);
         return;
       }
       const std::int64_t begin = tile.begin[r];
@@ -334,6 +344,18 @@ class ForwardKernel {
       }
       fill_zero(row + tile.group_begin[g], begin - tile.group_begin[g]);
       fill_zero(row + tile.end[r], tile.group_end[g] - tile.end[r]);
+      pack_weights(row, tile.group_begin[g], tile.group_end[g]);
+    }
+
+    // Weights of keys [begin, end) as the left operand of the product with the values, in place:
+    // words of several take the place of the first of them.
+    static void pack_weights(T* row, std::int64_t begin, std::int64_t end) {
+      if constexpr (Operand::kPack > 1) {
+        constexpr std::int64_t step = Operand::kPack * kLanes<T>;
+        for (std::int64_t j = begin / step * step; j < end; j += step) {
+          store(row + Operand::words(j), Operand::round_along(row + j));
+        }
+      }
     }
 
     void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
@@ -342,12 +364,12 @@ class ForwardKernel {
         const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, k.width_ - d);
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_is_empty(g)) continue;
-          const std::int64_t begin = tile.group_begin[g];
-          multiply<T, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
-                                  buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
-                                  block.values + begin * block.value_ld + d, block.value_ld,
-                                  tile.group_end[g] - begin, buffer.sums + r * k.width_ + d,
-                                  k.width_, columns);
+          const std::int64_t begin = Operand::words(tile.group_begin[g]);
+          multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+                                        buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
+                                        block.values + begin * block.value_ld + d, block.value_ld,
+                                        Operand::words(tile.group_end[g]) - begin,
+                                        buffer.sums + r * k.width_ + d, k.width_, columns);
         }
       }
     }

@@ -8,9 +8,7 @@
 #include "kernels/cpu/vector_math.h"
 
 // Rows of tensors of any dtype and stride to and from the type that is computed in (T = float, or
-// double for float64), and the two layouts that the matrix products read:
-//   rows    [row][width]: width = elements rounded up to whole vectors, zeros behind the last
-//   panels  [row / panel][element][panel]: transposed blocks of kPanel rows, zeros behind the last
+// double for float64). The layouts that the matrix products read are in operand.h.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 // Keys side by side in a panel: two vectors, so that the inner loop of a product loads two vectors
@@ -98,6 +96,24 @@ inline void store_elements(void* data, std::int64_t offset, std::int64_t stride,
   }
 }
 
+// A whole vector of 16-bit numbers.
+TSA_INLINE VecF widen_bfloat16s(const std::uint16_t* from) {
+  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const auto bits = *reinterpret_cast<const Bits*>(from);
+  return (VecF)(__builtin_convertvector(bits, IntVec<float>) << 16);
+}
+TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  VecF v{};
+  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = widen_float16(from[lane]);
+  return v;
+#endif
+}
+
 // to[d] = data[offset + d * stride], widened.
 template <typename T>
 inline void load_row(DType dtype, const void* data, std::int64_t offset, std::int64_t stride,
@@ -164,75 +180,36 @@ inline std::int64_t padded(std::int64_t width) {
   return round_up(width, kLanes<T>);
 }
 
-// n rows from `begin` to to[n][padded(width)].
+// Elements [d, d + n) of a row, n <= lanes, zeros behind.
 template <typename T>
-inline void copy_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
-  const std::int64_t width = padded<T>(rows.width);
-  for (std::int64_t r = 0; r < n; ++r, to += width) {
-    load_row(rows.dtype, rows.data, rows.at(begin + r), rows.element_stride, rows.width, to);
-    for (std::int64_t d = rows.width; d < width; ++d) to[d] = T(0);
+TSA_INLINE Vec<T> load_elements_of_row(const Rows& rows, std::int64_t row, std::int64_t d,
+                                       std::int64_t n) {
+  if (rows.dtype == dtype_of<T>() && rows.element_stride == 1) {
+    return load_up_to(static_cast<const T*>(rows.data) + rows.at(row) + d, n);
   }
+  if constexpr (sizeof(T) == 4) {
+    if (rows.element_stride == 1 && n == kLanes<T> && rows.dtype != DType::kFloat32) {
+      const auto* const from = static_cast<const std::uint16_t*>(rows.data) + rows.at(row) + d;
+      return rows.dtype == DType::kBFloat16 ? widen_bfloat16s(from) : widen_float16s(from);
+    }
+  }
+  T widened[kLanes<T>] = {};
+  load_row(rows.dtype, rows.data, rows.at(row) + d * rows.element_stride, rows.element_stride, n,
+           widened);
+  return load(widened);
 }
 
-// What a panel holds: every loaded vector of elements d, d + 1, ... goes through operator().
+// What is done to a vector of elements d, d + 1, ... on its way into a panel, or of a product on
+// its way out of the register tile.
 template <typename T>
 struct Scaled {
   Vec<T> factor;
-  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/) const { return v * factor; }
+  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/ = 0) const { return v * factor; }
 };
 template <typename T>
 struct Unchanged {
-  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/) const { return v; }
+  TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/ = 0) const { return v; }
 };
-
-// n <= kPanel rows from `begin` to a panel to[width][kPanel].
-template <typename T, typename Transform>
-inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
-                       const Transform& transform) {
-  constexpr int lanes = kLanes<T>;
-  const T* const direct = rows.dtype == dtype_of<T>() && rows.element_stride == 1
-                              ? static_cast<const T*>(rows.data) + rows.offset
-                              : nullptr;
-  for (int half = 0; half < kPanel<T>; half += lanes) {
-    for (std::int64_t d = 0; d < rows.width; d += lanes) {
-      const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
-      Vec<T> square[lanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < lanes; ++r) {
-        const std::int64_t row = half + r;
-        if (row >= n) {
-          square[r] = Vec<T>{};
-          continue;
-        }
-        if (direct != nullptr) {
-          const T* const from = direct + (begin + row) * rows.row_stride + d;
-          square[r] = elements == lanes ? load(from) : load_first(from, elements);
-        } else {
-          T widened[lanes] = {};
-          load_row(rows.dtype, rows.data, rows.at(begin + row) + d * rows.element_stride,
-                   rows.element_stride, elements, widened);
-          square[r] = load(widened);
-        }
-        square[r] = transform(square[r], d);
-      }
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int e = 0; e < lanes; ++e) {
-        if (e < elements) store(to + (d + e) * kPanel<T> + half, square[e]);
-      }
-    }
-  }
-}
-
-// n rows from `begin` to ceil(n / kPanel) panels, one behind the other.
-template <typename T, typename Transform>
-inline void pack_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
-                        const Transform& transform) {
-  for (std::int64_t r = 0; r < n; r += kPanel<T>) {
-    pack_panel(rows, begin + r, smaller<std::int64_t>(kPanel<T>, n - r), to + r * rows.width,
-               transform);
-  }
-}
 
 // Memory of one call. A failed allocation throws, as any operator new.
 class Scratch {

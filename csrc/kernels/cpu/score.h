@@ -45,46 +45,66 @@ template <typename T>
   }
 }
 
-// scale q . k: a matrix product; scale * log2 e is in the packed queries (forward).
-template <typename T>
+// scale q . k: a matrix product. scale * log2 e is in the packed queries where these are copies of
+// the elements, else it is applied to the product.
+template <typename OperandT>
 class DotScore {
  public:
+  using Operand = OperandT;
+  using T = typename Operand::Scalar;
   static constexpr ScoreKind kKind = ScoreKind::kDotProduct;
   static constexpr int kGroupRows = kTileRows;
   // Keys are the same for all query heads of a group.
   static constexpr bool kKeysPerQueryHead = false;
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
-  static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }  // per row
+  // Words per query and per key.
+  static std::int64_t query_size(std::int64_t head_dim) {
+    return padded<T>(Operand::words(head_dim));
+  }
+  static std::int64_t key_size(std::int64_t head_dim) { return Operand::words(head_dim); }
   static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
-  DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : p_(p) {}
+  DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/)
+      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {}
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
   // rows queries from i to `queries`.
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
-    const T factor = static_cast<T>(p_.scale * Math<double>::log2e);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      T* const to = queries + r * p_.head_dim;
-      load_row(query.dtype, query.data, query.at(i + r), query.element_stride, p_.head_dim, to);
-      for (std::int64_t d = 0; d < p_.head_dim; ++d) to[d] *= factor;
+    pack_along_rows<Operand>(query, i, rows, queries);
+    if constexpr (!kScalesProduct) {
+      const std::int64_t size = rows * query_size(p_.head_dim);
+      for (std::int64_t d = 0; d < size; d += kLanes<T>) {
+        store(queries + d, load(queries + d) * factor_);
+      }
     }
   }
 
   void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* /*bounds*/) const {
-    pack_panels(key, j, n, panels, Unchanged<T>{});
+    pack_panels<Operand>(key, j, n, panels, Unchanged<T>{});
   }
 
   // scores[rows][kPanel] of rows <= kGroupRows queries from row r of the block.
   void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/,
               std::int64_t /*j*/, T* scores, std::int64_t ld) {
-    multiply_rows<T, 2, false, true>(rows, queries + r * p_.head_dim, p_.head_dim, panel, kPanel<T>,
-                                     p_.head_dim, scores, ld);
+    const std::int64_t size = query_size(p_.head_dim);
+    const std::int64_t depth = key_size(p_.head_dim);
+    if constexpr (kScalesProduct) {
+      multiply_rows<Operand, 2, false, true>(rows, queries + r * size, size, panel, kPanel<T>,
+                                             depth, scores, ld, Scaled<T>{factor_});
+    } else {
+      multiply_rows<Operand, 2, false, true>(rows, queries + r * size, size, panel, kPanel<T>,
+                                             depth, scores, ld);
+    }
   }
 
  private:
+  // A word of several elements cannot be scaled without rounding.
+  static constexpr bool kScalesProduct = Operand::kPack > 1;
+
   const AttentionProblem& p_;
+  Vec<T> factor_;
 };
 
 // scale sum_d w_d tanh(q_d + k_d). The sign of w_d moves into q_d and k_d, and
@@ -147,14 +167,17 @@ template <typename T, int kRows, Join join>
   for (int i = 0; i < kRows; ++i) store(scores + i * ld, sum[i] * splat(k2));
 }
 
-template <typename T>
+template <typename OperandT>
 class AdditiveScore {
  public:
+  using Operand = OperandT;
+  using T = typename Operand::Scalar;
   static constexpr ScoreKind kKind = ScoreKind::kAdditive;
   static constexpr int kGroupRows = 4;
   static constexpr bool kKeysPerQueryHead = true;  // the sign of w is in them
   static std::int64_t constants_size(std::int64_t head_dim) { return 3 * padded<T>(head_dim); }
   static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
+  static std::int64_t key_size(std::int64_t head_dim) { return head_dim; }
   static std::int64_t spare_size(std::int64_t head_dim, std::int64_t rows) {
     return head_dim * (rows + kPanel<T>);
   }
@@ -223,12 +246,12 @@ class AdditiveScore {
   void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* bounds) const {
     for (std::int64_t r = 0; r < n; r += kPanel<T>, panels += kPanel<T> * key.width) {
       Vec<T> bound{};
-      pack_panel(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
-                 [&](Vec<T> k, std::int64_t d) {
-                   k *= load(sign_ + d);
-                   bound = at_least(absolute(k), bound);
-                   return exp_2x(k);
-                 });
+      pack_panel<Operand>(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
+                          [&](Vec<T> k, std::int64_t d) {
+                            k *= load(sign_ + d);
+                            bound = at_least(absolute(k), bound);
+                            return exp_2x(k);
+                          });
       *bounds++ = max_lanes<T>(bound);
     }
   }
@@ -264,7 +287,8 @@ class AdditiveScore {
   [[gnu::noinline]] void prepare_spare(std::int64_t j) {
     const Rows key = rows_of(p_.dtype, p_.key, b_, h_ / p_.group_size(), p_.head_dim);
     const auto with_sign = [&](Vec<T> k, std::int64_t d) { return k * load(sign_ + d); };
-    pack_panel(key, j, smaller<std::int64_t>(kPanel<T>, p_.key_length - j), spare_, with_sign);
+    pack_panel<Operand>(key, j, smaller<std::int64_t>(kPanel<T>, p_.key_length - j), spare_,
+                        with_sign);
     if (spare_queries_ready_) return;
     spare_queries_ready_ = true;
     const Rows query = rows_of(p_.dtype, p_.query, b_, h_, p_.head_dim);

@@ -16,9 +16,13 @@ struct GradientTile {
   const TileRanges* ranges;
   std::int64_t rows;  // queries
   std::int64_t keys;
-  const T* gradient;  // [rows][ld]: 0 where a row of a group may not see a key
+  // G, 0 where a row of a group may not see a key: words along the keys [rows][ld], and words
+  // across the rows [words(rows)][across_ld].
+  const T* gradient;
   std::int64_t ld;
-  const T* query;  // [rows][query_ld], as they are
+  const T* gradient_across;
+  std::int64_t across_ld;
+  const T* query;  // as they are, packed across rows: [words(rows)][query_ld]
   std::int64_t query_ld;
   T* grad_query;  // [rows][grad_query_ld]
   std::int64_t grad_query_ld;
@@ -27,8 +31,8 @@ struct GradientTile {
 };
 
 // C(j, :) += sum_i A(i, j) B(i, :) over the rows i of a tile, for each group of keys only those
-// rows that see one of them.
-template <typename T, int kGroupRows>
+// rows that see one of them (and the others of their words, where A is 0).
+template <typename Operand, int kGroupRows, typename T = typename Operand::Scalar>
 inline void add_transposed(const TileRanges& ranges, std::int64_t rows, std::int64_t keys,
                            Zeros zeros, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
                            T* c, std::int64_t width) {
@@ -45,43 +49,53 @@ inline void add_transposed(const TileRanges& ranges, std::int64_t rows, std::int
         last = larger(last, first);
         while (last < rows && !ranges.row_is_empty(last) && ranges.begin[last] < j_end) ++last;
         if (first == last) continue;
-        multiply<T, true, false>(zeros, j_end - j, a + first * lda + j, lda, b + first * ldb + d,
-                                 ldb, last - first, c + j * width + d, width, columns);
+        const std::int64_t word = first / Operand::kPack;
+        multiply<Operand, true, false>(zeros, j_end - j, a + word * lda + j, lda,
+                                       b + word * ldb + d, ldb, Operand::words(last) - word,
+                                       c + j * width + d, width, columns);
       }
     }
   }
 }
 
 // dq += G k, dk += G^T q: two matrix products.
-template <typename T>
+template <typename OperandT>
 class DotGradient {
  public:
-  using Score = DotScore<T>;
+  using Operand = OperandT;
+  using T = typename Operand::Scalar;
+  using Score = DotScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = false;
   static constexpr std::int64_t kBlockRows = 64;
   static constexpr std::int64_t kBlockKeys = 128;
   static std::int64_t buffer_size(std::int64_t head_dim) {
-    return kBlockKeys * padded<T>(head_dim);  // rows of keys
+    return Operand::words(kBlockKeys) * padded<T>(head_dim);  // rows of keys
   }
   static std::int64_t query_size(std::int64_t /*head_dim*/) { return 0; }
 
   DotGradient(const AttentionProblem& p, T* /*constants*/, T* /*spare*/, T* buffer)
-      : p_(p), width_(padded<T>(p.head_dim)), buffer_(buffer) {}
+      : p_(p),
+        width_(padded<T>(p.head_dim)),
+        scale_{splat(static_cast<T>(p.scale * Math<double>::log2e))},
+        buffer_(buffer) {}
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
-  // The scale is in the keys: queries are read as they are.
+  // The scale is in the keys, or applied to the product: queries are read as they are.
   void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
                  T* /*bounds*/) {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
-    pack_panels(key, first, n, panels,
-                Scaled<T>{splat(static_cast<T>(p_.scale * Math<double>::log2e))});
-    if (const T* const in_place = rows_in_place<T>(key)) {
+    if constexpr (kScalesProduct) {
+      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
+    } else {
+      pack_panels<Operand>(key, first, n, panels, scale_);
+    }
+    if (const T* const in_place = Operand::in_place(key)) {
       key_ = in_place + first * key.row_stride;
       key_ld_ = key.row_stride;
     } else {
-      copy_rows(key, first, n, buffer_);
+      pack_across_rows<Operand>(key, first, n, buffer_);
       key_ = buffer_;
       key_ld_ = width_;
     }
@@ -93,24 +107,31 @@ class DotGradient {
   }
   void scores(std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/, std::int64_t /*j*/,
               T* scores, std::int64_t ld) {
-    multiply_rows<T, 2, false, true>(rows, query_ + r * query_ld_, query_ld_, panel, kPanel<T>,
-                                     p_.head_dim, scores, ld);
+    const std::int64_t depth = Score::key_size(p_.head_dim);
+    if constexpr (kScalesProduct) {
+      multiply_rows<Operand, 2, false, true>(rows, query_ + r * query_ld_, query_ld_, panel,
+                                             kPanel<T>, depth, scores, ld, scale_);
+    } else {
+      multiply_rows<Operand, 2, false, true>(rows, query_ + r * query_ld_, query_ld_, panel,
+                                             kPanel<T>, depth, scores, ld);
+    }
   }
 
   void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* /*bounds*/,
                   double* /*weight_sums*/) {
-    add_transposed<T, kGroupRows>(*tile.ranges, tile.rows, tile.keys, tile.zeros, tile.gradient,
-                                  tile.ld, tile.query, tile.query_ld, tile.grad_key, width_);
+    add_transposed<Operand, kGroupRows>(*tile.ranges, tile.rows, tile.keys, tile.zeros,
+                                        tile.gradient_across, tile.across_ld, tile.query,
+                                        tile.query_ld, tile.grad_key, width_);
     for (std::int64_t d = 0; d < width_; d += kStrip<T>) {
       const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width_ - d);
       for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
         if (tile.ranges->group_is_empty(g)) continue;
-        const std::int64_t begin = tile.ranges->group_begin[g];
-        multiply<T, true, true>(
+        const std::int64_t begin = tile.ranges->group_begin[g] / Operand::kPack;
+        multiply<Operand, true, true>(
             tile.zeros, smaller<std::int64_t>(kGroupRows, tile.rows - r),
             tile.gradient + r * tile.ld + begin, tile.ld, key_ + begin * key_ld_ + d, key_ld_,
-            tile.ranges->group_end[g] - begin, tile.grad_query + r * tile.grad_query_ld + d,
-            tile.grad_query_ld, columns);
+            Operand::words(tile.ranges->group_end[g]) - begin,
+            tile.grad_query + r * tile.grad_query_ld + d, tile.grad_query_ld, columns);
       }
     }
   }
@@ -119,8 +140,11 @@ class DotGradient {
   T factor(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
 
  private:
+  static constexpr bool kScalesProduct = Operand::kPack > 1;  // as in DotScore
+
   const AttentionProblem& p_;
   std::int64_t width_;
+  Scaled<T> scale_;
   T* buffer_;
   const T* key_ = nullptr;
   std::int64_t key_ld_ = 0;
@@ -197,10 +221,12 @@ template <typename T, int kRows, Join join, Zeros zeros>
   return weighted;
 }
 
-template <typename T>
+template <typename OperandT>
 class AdditiveGradient {
  public:
-  using Score = AdditiveScore<T>;
+  using Operand = OperandT;
+  using T = typename Operand::Scalar;
+  using Score = AdditiveScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = true;
   static constexpr std::int64_t kBlockRows = 32;
@@ -228,7 +254,7 @@ class AdditiveGradient {
                  T* bounds) {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
     score_.pack_keys(key, first, n, panels, bounds);
-    copy_rows(key, first, n, raw_key_);
+    pack_across_rows<Operand>(key, first, n, raw_key_);
     apply_features(raw_key_, n, key_);
   }
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows,

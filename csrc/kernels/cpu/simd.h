@@ -132,6 +132,20 @@ TSA_INLINE void store_first(T* to, Vec<T> v, std::int64_t n) {
 #endif
 }
 
+// The first n elements, all if n >= lanes.
+template <typename T>
+inline Vec<T> load_up_to(const T* from, std::int64_t n) {
+  return n >= kLanes<T> ? load(from) : load_first(from, n);
+}
+template <typename T>
+inline void store_up_to(T* to, Vec<T> v, std::int64_t n) {
+  if (n >= kLanes<T>) {
+    store(to, v);
+  } else {
+    store_first(to, v, n);
+  }
+}
+
 // a * b + c and c - a * b, fused where the machine can.
 #if defined(__AVX512F__)
 TSA_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }

@@ -39,14 +39,15 @@ struct RowRanges {
 };
 
 // The columns of a key block [first_key, first_key + keys) that rows see: columns [begin[r],
-// end[r]) of row r, and per group of kTileRows rows the hull. Empty: begin >= end.
+// end[r]) of row r, and per group of kGroupRows rows the hull, rounded to words of kPack columns,
+// which may add a column behind the last. Empty: begin >= end.
 struct TileRanges {
   std::int64_t begin[kMaxBlockRows];
   std::int64_t end[kMaxBlockRows];
   std::int64_t group_begin[kMaxBlockRows];
   std::int64_t group_end[kMaxBlockRows];
 
-  template <int kGroupRows>
+  template <int kGroupRows, int kPack = 1>
   void compute(const RowRanges& ranges, std::int64_t rows, std::int64_t first_key,
                std::int64_t keys) {
     for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
@@ -59,6 +60,8 @@ struct TileRanges {
         group_begin[g] = smaller(group_begin[g], begin[i]);
         group_end[g] = larger(group_end[g], end[i]);
       }
+      group_begin[g] = group_begin[g] / kPack * kPack;
+      if (group_end[g] > 0) group_end[g] = round_up(group_end[g], kPack);
     }
   }
   bool row_is_empty(std::int64_t r) const { return begin[r] >= end[r]; }
@@ -124,19 +127,6 @@ inline void load_dropout_row(const AttentionProblem& p, const Dropout& dropout, 
       factor[j + l] = dropout.keep(block.value[lane + l]) ? keep_scale : T(0);
     }
     j += count;
-  }
-}
-
-template <typename T>
-inline Vec<T> load_up_to(const T* from, std::int64_t n) {
-  return n >= kLanes<T> ? load(from) : load_first(from, n);
-}
-template <typename T>
-inline void store_up_to(T* to, Vec<T> v, std::int64_t n) {
-  if (n >= kLanes<T>) {
-    store(to, v);
-  } else {
-    store_first(to, v, n);
   }
 }
 

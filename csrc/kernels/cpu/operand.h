@@ -1,0 +1,183 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/rows.h"
+
+// What the matrix products multiply. Operands consist of words of the size of Scalar; a word holds
+// kPack neighbours along the dimension that is summed over, and a product of two words adds kPack
+// products to a sum in Scalar. So one register tile (gemm.h), one packing and one driver serve
+// every operand:
+//   Elements<T>     a word is one element
+//   Bfloat16Pairs   a word is two bfloat16, vdpbf16ps multiplies and adds both; the inputs are
+//                   multiplied as they are, nothing is widened
+//
+// Two ways to pack rows for a sum along the row, and one for a sum over rows:
+//   along rows   [row][word]           the left operand of scores
+//   panels       [panel][word][key]    the right operand of scores
+//   across rows  [row / kPack][element]: words of neighbouring rows, the right operand of p v
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <typename T>
+struct Elements {
+  using Scalar = T;
+  static constexpr int kPack = 1;
+
+  static constexpr std::int64_t words(std::int64_t n) { return n; }
+
+  static TSA_INLINE Vec<T> broadcast(T word) { return splat(word); }
+  static TSA_INLINE Vec<T> add_product(Vec<T> a, Vec<T> b, Vec<T> sum) { return fma(a, b, sum); }
+  // The same sum, in which an element 0 of a contributes nothing whatever b is.
+  static TSA_INLINE Vec<T> add_product_unless_zero(T a, Vec<T> b, Vec<T> sum) {
+    return a == T(0) ? sum : fma(splat(a), b, sum);
+  }
+
+  // n <= kLanes words of a row from word d on, zeros behind.
+  static TSA_INLINE Vec<T> load_along(const Rows& rows, std::int64_t row, std::int64_t d,
+                                      std::int64_t n) {
+    return load_elements_of_row<T>(rows, row, d, n);
+  }
+  static TSA_INLINE Vec<T> load_across(const Rows& rows, std::int64_t row, std::int64_t /*end*/,
+                                       std::int64_t d, std::int64_t n) {
+    return load_elements_of_row<T>(rows, row, d, n);
+  }
+  static const T* in_place(const Rows& rows) { return rows_in_place<T>(rows); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16Pairs {
+  using Scalar = float;
+  static constexpr int kPack = 2;
+
+  static constexpr std::int64_t words(std::int64_t n) { return (n + 1) / 2; }
+
+  static TSA_INLINE VecF broadcast(float word) {
+    return (VecF)_mm512_set1_epi32(__builtin_bit_cast(std::int32_t, word));
+  }
+  static TSA_INLINE VecF add_product(VecF a, VecF b, VecF sum) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static TSA_INLINE VecF add_product_unless_zero(float a, VecF b, VecF sum) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, a);
+    const float low = __builtin_bit_cast(float, bits << 16);
+    const float high = __builtin_bit_cast(float, bits & 0xffff0000u);
+    const auto b_bits = (IntVec<float>)b;
+    if (low != 0.f) sum = fma(splat(low), (VecF)(b_bits << 16), sum);
+    if (high != 0.f) sum = fma(splat(high), (VecF)(b_bits & ~0xffff), sum);
+    return sum;
+  }
+
+  static TSA_INLINE VecF load_along(const Rows& rows, std::int64_t row, std::int64_t word,
+                                    std::int64_t n) {
+    const std::int64_t elements = smaller<std::int64_t>(2 * n, rows.width - 2 * word);
+    if (rows.element_stride == 1) {
+      const auto* const from = bits_of(rows) + rows.at(row) + 2 * word;
+      const auto mask = static_cast<__mmask32>((std::uint64_t{1} << elements) - 1);
+      return (VecF)_mm512_maskz_loadu_epi16(mask, from);
+    }
+    alignas(64) std::uint16_t gathered[2 * kLanes<float>] = {};
+    gather(rows, row, 2 * word, elements, gathered);
+    return (VecF)_mm512_load_si512(gathered);
+  }
+  // Elements [d, d + n) of row (low halves) and row + 1 (high halves, zeros if that is `end`).
+  static TSA_INLINE VecF load_across(const Rows& rows, std::int64_t row, std::int64_t end,
+                                     std::int64_t d, std::int64_t n) {
+    const __m512i low = widened(rows, row, d, n);
+    if (row + 1 >= end) return (VecF)low;
+    return (VecF)_mm512_or_si512(low, _mm512_slli_epi32(widened(rows, row + 1, d, n), 16));
+  }
+  static const float* in_place(const Rows& /*rows*/) { return nullptr; }
+
+  // Words of columns j, j + 1 of one row from the 2 x kLanes numbers from `from` on.
+  static TSA_INLINE VecF round_along(const float* from) {
+    return (VecF)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes<float>), (__m512)load(from));
+  }
+  // Words of two rows: low halves from a, high halves from b.
+  static TSA_INLINE VecF round_across(VecF a, VecF b) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    return (VecF)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+
+ private:
+  static const std::uint16_t* bits_of(const Rows& rows) {
+    return static_cast<const std::uint16_t*>(rows.data);
+  }
+  static void gather(const Rows& rows, std::int64_t row, std::int64_t d, std::int64_t n,
+                     std::uint16_t* to) {
+    const auto* const from = bits_of(rows) + rows.at(row) + d * rows.element_stride;
+    for (std::int64_t i = 0; i < n; ++i) to[i] = from[i * rows.element_stride];
+  }
+  static TSA_INLINE __m512i widened(const Rows& rows, std::int64_t row, std::int64_t d,
+                                    std::int64_t n) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1u);
+    if (rows.element_stride == 1) {
+      return _mm512_cvtepu16_epi32(
+          _mm256_maskz_loadu_epi16(mask, bits_of(rows) + rows.at(row) + d));
+    }
+    alignas(32) std::uint16_t gathered[kLanes<float>] = {};
+    gather(rows, row, d, n, gathered);
+    return _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(gathered)));
+  }
+};
+#endif
+
+// n rows from `begin` to to[n][padded words], packed along the rows.
+template <typename Operand, typename T = typename Operand::Scalar>
+inline void pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  const std::int64_t words = Operand::words(rows.width);
+  for (std::int64_t r = begin; r < begin + n; ++r, to += padded<T>(words)) {
+    for (std::int64_t d = 0; d < words; d += kLanes<T>) {
+      store(to + d, Operand::load_along(rows, r, d, smaller<std::int64_t>(kLanes<T>, words - d)));
+    }
+  }
+}
+
+// n rows from `begin` to to[ceil(n / kPack)][padded width], packed across the rows.
+template <typename Operand, typename T = typename Operand::Scalar>
+inline void pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  const std::int64_t end = begin + n;
+  for (std::int64_t r = begin; r < end; r += Operand::kPack, to += padded<T>(rows.width)) {
+    for (std::int64_t d = 0; d < rows.width; d += kLanes<T>) {
+      const std::int64_t elements = smaller<std::int64_t>(kLanes<T>, rows.width - d);
+      store(to + d, Operand::load_across(rows, r, end, d, elements));
+    }
+  }
+}
+
+// n <= kPanel rows from `begin` to a panel to[words][kPanel].
+template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
+inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                       const Transform& transform) {
+  constexpr int lanes = kLanes<T>;
+  const std::int64_t words = Operand::words(rows.width);
+  for (int half = 0; half < kPanel<T>; half += lanes) {
+    for (std::int64_t d = 0; d < words; d += lanes) {
+      const std::int64_t count = smaller<std::int64_t>(lanes, words - d);
+      Vec<T> square[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) {
+        const std::int64_t row = half + r;
+        square[r] =
+            row < n ? transform(Operand::load_along(rows, begin + row, d, count), d) : Vec<T>{};
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int e = 0; e < lanes; ++e) {
+        if (e < count) store(to + (d + e) * kPanel<T> + half, square[e]);
+      }
+    }
+  }
+}
+
+// n rows from `begin` to ceil(n / kPanel) panels, one behind the other.
+template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
+inline void pack_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                        const Transform& transform) {
+  for (std::int64_t r = 0; r < n; r += kPanel<T>) {
+    pack_panel<Operand>(rows, begin + r, smaller<std::int64_t>(kPanel<T>, n - r),
+                        to + r * Operand::words(rows.width), transform);
+  }
+}
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
