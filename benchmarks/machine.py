@@ -49,7 +49,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe(device: str, threads: list[int]) -> dict[str, Any]:
     # Here, so that a report can be made where neither is installed.
     import torch
 
@@ -59,7 +59,7 @@ def describe(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         # What else ran on the machine: the load of the last minute at the start.
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
@@ -79,7 +79,7 @@ def in_words(description: dict[str, Any]) -> str:
     cpu = description["cpu"]
     lines = [
         f"{cpu['model']}, {cpu['cores']} cores ({' '.join(cpu['instruction_sets'])}), "
-        f"{description['threads']} threads, load {description['load']} at the start",
+        f"load {description['load']} at the start",
         f"torch_selfattn {description['torch_selfattn']} at commit {description['commit']}, "
         f"torch {description['torch']}, Python {description['python']}, {description['time']}",
     ]

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,27 +51,38 @@ def _seconds(function: Callable[[], Any], calls: int, device: str) -> float:
 
 def _typical_seconds(function: Callable[[], Any], device: str) -> float:
     """Of a warm call that was not interrupted: the shortest of a few."""
-    function()
+    first = _seconds(function, 1, device)
+    if first > SLOW_SECONDS / 5:  # it was verified before: no need to call it again
+        return first
     times = [_seconds(function, 1, device)]
     while len(times) < 10 and sum(times) < 0.2:
         times.append(_seconds(function, 1, device))
     return min(times)
 
 
+def plan(once: float, seconds: float) -> tuple[int, int]:
+    """Calls in a sample and number of samples for a function that takes `once` seconds."""
+    calls = max(1, round(MIN_SAMPLE_SECONDS / once))
+    fewest = MIN_SAMPLES_OF_SLOW if once > SLOW_SECONDS else MIN_SAMPLES
+    return calls, min(MAX_SAMPLES, max(fewest, int(seconds / (once * calls))))
+
+
 def interleaved_times(
-    functions: Mapping[str, Callable[[], Any]], device: str, seconds: float
+    functions: Mapping[str, Callable[[], Any]],
+    device: str,
+    seconds: float,
+    brief: Collection[str] = (),
 ) -> dict[str, Times]:
     """Times all functions in turn, so that a busy moment of the machine meets all of them.
 
-    Each gets about `seconds`: the slow ones take part in fewer rounds, evenly spread.
+    Each gets about `seconds`, those in `brief` a quarter: they take part in fewer rounds, evenly
+    spread, as the slow ones do.
     """
     calls: dict[str, int] = {}
     rounds: dict[str, int] = {}
     for name, function in functions.items():
-        once = _typical_seconds(function, device)
-        calls[name] = max(1, round(MIN_SAMPLE_SECONDS / once))
-        fewest = MIN_SAMPLES_OF_SLOW if once > SLOW_SECONDS else MIN_SAMPLES
-        rounds[name] = min(MAX_SAMPLES, max(fewest, int(seconds / (once * calls[name]))))
+        share = seconds / 4 if name in brief else seconds
+        calls[name], rounds[name] = plan(_typical_seconds(function, device), share)
     total = max(rounds.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     gc_was_enabled = gc.isenabled()

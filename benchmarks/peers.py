@@ -1,13 +1,13 @@
 """What is compared: ours, and what a user of PyTorch would write or call instead.
 
 A candidate makes a function of the problem's tensors (problem_sets.make_inputs) that returns the
-output. It says beforehand why it cannot run a problem, and how much memory its largest
-intermediate tensors take.
+output, or the output and the weights. It says beforehand why it cannot run a problem, and how much
+memory its largest intermediate tensors take.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_selfattn
-from benchmarks.problem_sets import Problem
+from benchmarks.problem_sets import MASKS_WITHOUT_TENSOR, Problem, allowed, key_lengths
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
 
 
 def _nothing(problem: Problem, backward: bool, element_size: int) -> int:
@@ -40,15 +40,62 @@ class Candidate:
     # Why the problem cannot be run, "" if it can.
     not_supported: Callable[[Problem], str] = field(default=lambda problem: "")
 
+    def arguments(self, problem: Problem, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The problem's tensors, and what says which pairs are allowed where that is none of them:
+        ours takes lengths and windows, the others a boolean mask."""
+        if problem.mask not in MASKS_WITHOUT_TENSOR:
+            return inputs
+        device = inputs["query"].device
+        if not self.is_ours:
+            keep = allowed(problem)
+            assert keep is not None
+            return {**inputs, "attn_mask": keep.to(device)}
+        if problem.mask == "lengths":
+            return {**inputs, "key_lengths": key_lengths(problem).to(device)}
+        return inputs
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def candidate_of(name: str) -> Candidate:
+    """NAME, ours:IMPLEMENTATION, and either with @THREADS behind it."""
+    name, _, threads = name.partition("@")
+    if name.startswith("ours:"):
+        candidate = forced(name.removeprefix("ours:"))
+    elif name in CANDIDATES:
+        candidate = CANDIDATES[name]
+    else:
+        raise SystemExit(f"there is no candidate {name} (there are {', '.join(CANDIDATES)})")
+    if not threads:
+        return candidate
+    context = candidate.context
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with context(), _threads(int(threads)):
+            yield
+
+    return replace(candidate, context=both)
+
 
 # Ours.
 
 
 def our_options(problem: Problem) -> dict[str, Any]:
     """The keyword arguments of our functions; a mask and causal is the mask and a window."""
+    windowed = problem.mask == "window"
     return {
         "is_causal": problem.causal and not problem.mask,
-        "window_right": 0 if problem.causal and problem.mask else -1,
+        "window_left": problem.key_length // 8 - 1 if windowed else -1,
+        "window_right": 0 if windowed or (problem.causal and problem.mask) else -1,
         "enable_gqa": problem.groups > 1,
     }
 
@@ -56,13 +103,13 @@ def our_options(problem: Problem) -> dict[str, Any]:
 def _ours(problem: Problem) -> Function:
     options = our_options(problem)
 
-    def dot(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        return torch_selfattn.dot_product_attention(query, key, value, attn_mask, **options)
+    def dot(query: Tensor, key: Tensor, value: Tensor, **more: Tensor) -> Tensor:
+        return torch_selfattn.dot_product_attention(query, key, value, **more, **options)
 
     def additive(
-        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, attn_mask: Tensor | None = None
+        query: Tensor, key: Tensor, value: Tensor, weight: Tensor, **more: Tensor
     ) -> Tensor:
-        return torch_selfattn.additive_attention(query, key, value, weight, attn_mask, **options)
+        return torch_selfattn.additive_attention(query, key, value, weight, **more, **options)
 
     def multi_head(
         x: Tensor,
@@ -79,6 +126,8 @@ def _ours(problem: Problem) -> Function:
     def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch_selfattn.rotary_embedding(x, cos, sin)
 
+    if problem.op == "multi_head_weights":
+        return _multi_head_module(problem, torch_selfattn.nn.MultiHeadAttention)
     calls = {"dot": dot, "additive": additive, "multi_head": multi_head, "rotary": rotary}
     return calls[problem.op]
 
@@ -86,7 +135,7 @@ def _ours(problem: Problem) -> Function:
 def forced(implementation: str) -> Candidate:
     """Ours by the implementation of this name instead of the best one."""
     return Candidate(
-        ("dot", "additive", "multi_head"),
+        ("dot", "additive", "multi_head", "multi_head_weights"),
         _ours,
         is_ours=True,
         context=lambda: torch_selfattn.use_implementation(implementation),
@@ -120,18 +169,21 @@ def _flex(problem: Problem) -> Function:
     )
 
 
-def _multi_head_module(problem: Problem) -> Function:
+def _multi_head_module(problem: Problem, kind: Callable[..., nn.Module]) -> Function:
+    """Of nn.MultiheadAttention, or of ours, which has the same arguments and parameters."""
     width = problem.heads * problem.head_dim
-    module = nn.MultiheadAttention(width, problem.heads, batch_first=True)
+    module = kind(width, problem.heads, batch_first=True)
+    need_weights = problem.op == "multi_head_weights"
 
-    def run(x: Tensor, **parameters: Tensor) -> Tensor:
+    def run(x: Tensor, **parameters: Tensor) -> Any:
         if module.in_proj_weight is not parameters["in_proj_weight"]:
             for name, parameter in parameters.items():
                 owner = module.out_proj if name.startswith("out_proj") else module
                 setattr(owner, name.removeprefix("out_proj_"), parameter)
         # In eval mode without gradients the module takes its inference fast path.
         module.train(torch.is_grad_enabled())
-        return module(x, x, x, need_weights=False)[0]
+        out, weights = module(x, x, x, need_weights=need_weights)
+        return (out, weights) if need_weights else out
 
     return run
 
@@ -239,7 +291,9 @@ def _composition_bytes(features: tuple[int, int]) -> Callable[[Problem, bool, in
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "ours": Candidate(("dot", "additive", "multi_head", "rotary"), _ours, is_ours=True),
+    "ours": Candidate(
+        ("dot", "additive", "multi_head", "multi_head_weights", "rotary"), _ours, is_ours=True
+    ),
     "sdpa": Candidate(("dot",), _sdpa),
     "sdpa:flash": _sdpa_backend(SDPBackend.FLASH_ATTENTION),
     "sdpa:efficient": _sdpa_backend(SDPBackend.EFFICIENT_ATTENTION),
@@ -251,7 +305,10 @@ CANDIDATES: dict[str, Candidate] = {
         devices=("cuda",),
         not_supported=lambda problem: "masks are code for it" if problem.mask else "",
     ),
-    "mha": Candidate(("multi_head",), _multi_head_module),
+    "mha": Candidate(
+        ("multi_head", "multi_head_weights"),
+        lambda problem: _multi_head_module(problem, nn.MultiheadAttention),
+    ),
     "eager": Candidate(tuple(COMPOSITIONS), _eager, intermediate_bytes=_composition_bytes((2, 3))),
     "compile": Candidate(
         tuple(COMPOSITIONS), _compiled, intermediate_bytes=_composition_bytes((0, 2))

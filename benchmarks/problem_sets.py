@@ -1,17 +1,22 @@
 """What is measured, as data: problems and the sets that bench.py knows by name."""
 
-from dataclasses import asdict, dataclass
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.records import GRID_HEAD_DIMS, GRID_HEADS, GRID_LENGTHS
 
 
 @dataclass(frozen=True)
 class Problem:
     """One shape of one operator. Letters as in docs/notation.md."""
 
-    op: str  # "dot", "additive", "multi_head" or "rotary"
+    op: str  # "dot", "additive", "multi_head", "multi_head_weights" or "rotary"
     batch: int
     heads: int
     query_length: int
@@ -19,7 +24,10 @@ class Problem:
     head_dim: int
     kv_heads: int = 0  # 0: as many as heads
     causal: bool = False
-    mask: str = ""  # "", "bool" (true = attend) or "float" (added, with gradient)
+    # As tensors, attn_mask: "bool" (true = attend, no structure), "block" (the same, in blocks of
+    # 64 x 64), "float" (added, with gradient), "constant float" (without). As arguments of ours and
+    # a boolean mask for the others: "lengths" (padding) and "window" (of Lk / 8 keys).
+    mask: str = ""
 
     @property
     def groups(self) -> int:
@@ -27,12 +35,16 @@ class Problem:
         return self.heads // (self.kv_heads or self.heads)
 
     @property
+    def full_pairs(self) -> int:
+        return self.batch * self.heads * self.query_length * self.key_length
+
+    @property
     def pairs(self) -> int:
-        """(query, key) pairs that are computed; a causal problem has about half of them."""
-        per_head = self.query_length * self.key_length
-        if self.causal:
-            per_head = sum(min(i + 1, self.key_length) for i in range(self.query_length))
-        return self.batch * self.heads * per_head
+        """(query, key) pairs that are allowed."""
+        keep = allowed(self)
+        if keep is None:
+            return self.full_pairs
+        return int(keep.sum()) * (self.full_pairs // keep.numel())
 
     @property
     def label(self) -> str:
@@ -49,6 +61,43 @@ class Problem:
         return asdict(self)
 
 
+MASKS_WITHOUT_TENSOR = ("lengths", "window")
+
+
+def key_lengths(problem: Problem) -> Tensor:
+    """Of sample b: (B - b) / B of all keys."""
+    b = torch.arange(problem.batch, 0, -1)
+    return (problem.key_length * b + problem.batch - 1) // problem.batch
+
+
+@functools.lru_cache(maxsize=4)
+def allowed(problem: Problem) -> Tensor | None:
+    """Which pairs are, (1 or B, 1, 1 or Lq, Lk), as all candidates are given it; None: all.
+
+    No row is empty: not every peer gives 0 there.
+    """
+    p = problem
+    generator = torch.Generator().manual_seed(2)
+    i, j = torch.arange(p.query_length)[:, None], torch.arange(p.key_length)
+    keep = None
+    if p.mask == "bool":
+        keep = torch.rand(p.batch, 1, p.query_length, p.key_length, generator=generator) < 0.8
+        keep[..., 0] = True
+    elif p.mask == "block":
+        rows, columns = math.ceil(p.query_length / 64), math.ceil(p.key_length / 64)
+        blocks = torch.rand(p.batch, 1, rows, columns, generator=generator) < 0.2
+        blocks[..., 0] = True
+        keep = blocks[..., i // 64, j // 64]
+    elif p.mask == "lengths":
+        keep = j < key_lengths(p)[:, None, None, None]
+    elif p.mask == "window":
+        keep = ((i - p.key_length // 8 < j) & (j <= i))[None, None]
+    if p.causal:
+        past = (j <= i)[None, None]
+        keep = past if keep is None else keep & past
+    return keep
+
+
 def make_inputs(
     problem: Problem, dtype: torch.dtype, device: str, requires_grad: bool
 ) -> dict[str, Tensor]:
@@ -60,7 +109,7 @@ def make_inputs(
         return values.to(device, dtype).requires_grad_(requires_grad)
 
     p = problem
-    if p.op == "multi_head":
+    if p.op.startswith("multi_head"):
         width = p.heads * p.head_dim
 
         def parameter(*shape: int, std: float = 1.0) -> Tensor:
@@ -88,11 +137,12 @@ def make_inputs(
     }
     if p.op == "additive":
         inputs["weight"] = normal(p.heads, p.head_dim, std=p.head_dim**-0.5)
-    if p.mask == "float":
-        inputs["attn_mask"] = normal(1, p.heads, p.query_length, p.key_length)
-    elif p.mask == "bool":
-        keep = torch.rand(p.batch, 1, p.query_length, p.key_length, generator=generator) < 0.8
-        keep[..., 0] = True  # no empty row: not every peer gives 0 there
+    if p.mask.endswith("float"):
+        mask = normal(1, p.heads, p.query_length, p.key_length)
+        inputs["attn_mask"] = mask if p.mask == "float" else mask.detach()
+    elif p.mask and p.mask not in MASKS_WITHOUT_TENSOR:
+        keep = allowed(replace(p, causal=False))
+        assert keep is not None
         inputs["attn_mask"] = keep.to(device)
     return inputs
 
@@ -101,39 +151,54 @@ def _square(op: str, heads: int, length: int, head_dim: int, **options: Any) -> 
     return Problem(op, 1, heads, length, length, head_dim, **options)
 
 
-LENGTHS = (128, 512, 2048)
-SHAPES = ((32, 128, 64), (8, 1024, 32), (8, 1024, 128), (1, 4096, 64))
+def _grid(lengths: Sequence[int]) -> list[Problem]:
+    return [
+        _square("dot", heads, length, head_dim, causal=causal)
+        for length in lengths
+        for heads in GRID_HEADS
+        for head_dim in GRID_HEAD_DIMS
+        for causal in (False, True)
+    ]
 
+
+# A problem stands in one set only (but for `quick` and `memory`): a report must not compare figures
+# of different runs.
 SETS: dict[str, list[Problem]] = {
     # A minute: what `make bench` runs.
     "quick": [_square(op, 8, length, 64) for op in ("dot", "additive") for length in (128, 512)],
-    # Time against sequence length.
-    "lengths": [
-        *(_square("dot", 8, length, 64) for length in LENGTHS),
-        *(_square("dot", 8, length, 64, causal=True) for length in LENGTHS),
-        *(_square("additive", 8, length, 64) for length in LENGTHS),
-    ],
-    # The dot product over more shapes, which stress different parts of a kernel. A problem stands
-    # in one set only: a report must not compare figures of different runs.
+    # The dot product over shapes which stress different parts of a kernel.
+    "grid_short": _grid(GRID_LENGTHS[:-1]),
+    "grid_long": _grid(GRID_LENGTHS[-1:]),
+    # The rest of the dot product: the length that the README has of both scores, masks, grouped
+    # heads, another number of keys, decoding steps.
     "shapes": [
-        *(_square("dot", *shape) for shape in SHAPES),
-        *(_square("dot", *shape, causal=True) for shape in SHAPES),
-        _square("dot", 8, 512, 64, mask="bool"),
-        _square("dot", 8, 512, 64, mask="float"),
+        *(_square("dot", 8, 2048, 64, causal=causal) for causal in (False, True)),
+        *(
+            _square("dot", 8, length, 64, mask=mask)
+            for length in (512, 2048)
+            for mask in ("bool", "constant float", "float")
+        ),
         _square("dot", 8, 512, 64, kv_heads=2),
         Problem("dot", 1, 8, 128, 1024, 64),
-        Problem("dot", 1, 8, 1, 4096, 64),  # one decoding step
+        *(Problem("dot", 1, heads, 1, 4096, 64) for heads in (8, 32)),
     ],
-    # The additive score with masks, and between sequences of different lengths.
+    # The additive score: time against length, decoding steps, and two small ones of models.
     "additive": [
-        _square("additive", 8, 512, 64, causal=True),
-        _square("additive", 8, 512, 64, mask="bool"),
+        *(_square("additive", 8, length, d) for length in (128, 512, 2048) for d in (16, 64, 128)),
+        *(Problem("additive", 1, 8, 1, 2048, d) for d in (16, 64, 128)),
         Problem("additive", 32, 4, 32, 32, 24),
         Problem("additive", 64, 1, 12, 16, 96),
+    ],
+    # Time against the pairs that are left.
+    "masks": [
+        Problem(op, 4, 2, 1024, 1024, 64, causal=mask == "causal", mask=mask.replace("causal", ""))
+        for op in ("additive", "dot")
+        for mask in ("", "causal", "lengths", "window", "block", "bool")
     ],
     # Projections and attention, against nn.MultiheadAttention.
     "modules": [
         Problem("multi_head", 8, 8, 512, 512, 64),
+        Problem("multi_head_weights", 8, 8, 512, 512, 64),
         Problem("multi_head", 32, 8, 64, 64, 32),
     ],
     "positional": [_square("rotary", 8, length, 64) for length in (128, 2048)],

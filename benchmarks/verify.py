@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.problem_sets import Problem
+from benchmarks.problem_sets import Problem, allowed
 
 # Largest error relative to the largest element of each tensor. These limits tell a wrong result
 # from a right one; the accuracy of each operator is tested against docs/tolerances.md.
@@ -29,8 +29,9 @@ class Reference:
 
     def __init__(self, problem: Problem, inputs: Mapping[str, Tensor], grad_out: Tensor) -> None:
         self.problem = problem
+        self.keep = allowed(problem)
         kv_heads = problem.kv_heads or problem.heads
-        per_head = problem.pairs * problem.head_dim / problem.heads * problem.groups
+        per_head = problem.full_pairs * problem.head_dim / problem.heads * problem.groups
         count = max(2, int(MAX_WORK / max(per_head, 1)))
         if not self._by_head or count >= kv_heads:
             self.kv_heads = list(range(kv_heads))
@@ -39,7 +40,7 @@ class Reference:
         self.heads = [h * problem.groups + g for h in self.kv_heads for g in range(problem.groups)]
         chosen = {name: self.choose(name, t.detach()).double() for name, t in inputs.items()}
         self.inputs = {
-            name: t.requires_grad_(inputs[name].is_floating_point()) for name, t in chosen.items()
+            name: t.requires_grad_(inputs[name].requires_grad) for name, t in chosen.items()
         }
         self._compute(self.choose("out", grad_out).double())
 
@@ -61,10 +62,10 @@ class Reference:
     def _compute(self, grad_out: Tensor) -> None:
         p = self.problem
         if not self._by_head:
-            make = {"multi_head": self._multi_head, "rotary": peers.rotary_composition(p)}[p.op]
-            out = make(**self.inputs)
-            out.backward(grad_out)
-            self.out = out.detach()
+            make = peers.rotary_composition(p) if p.op == "rotary" else self._multi_head
+            self.outputs = by_name(make(**self.inputs))
+            self.outputs["out"].backward(grad_out)
+            self.outputs = {name: t.detach() for name, t in self.outputs.items()}
             return
         # A block of queries at a time; autograd adds up the gradients of what they share.
         part = Problem(
@@ -85,21 +86,18 @@ class Reference:
             out = composition(**call)
             out.backward(grad_out[:, :, begin:end])
             outputs.append(out.detach())
-        self.out = torch.cat(outputs, 2)
+        self.outputs = {"out": torch.cat(outputs, 2)}
 
     def _mask(
         self, attn_mask: Tensor | None, begin: int, end: int, device: torch.device
     ) -> Tensor | None:
-        mask = None if attn_mask is None else attn_mask[:, :, begin:end]
-        if mask is not None and not self.problem.mask == "float":
-            mask = mask.bool()  # it went through double() with the others
-        if self.problem.causal:
-            i = torch.arange(begin, end, device=device)
-            past = torch.arange(self.problem.key_length, device=device) <= i[:, None]
-            if mask is None:
-                return past
-            return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
-        return mask
+        if self.keep is not None:
+            rows = slice(begin, end) if self.keep.shape[2] > 1 else slice(None)
+            keep = self.keep[:, :, rows].to(device)
+            if attn_mask is None or not self.problem.mask.endswith("float"):
+                return keep
+            return attn_mask[:, :, begin:end].masked_fill(~keep, -torch.inf)
+        return None if attn_mask is None else attn_mask[:, :, begin:end]
 
     def _multi_head(
         self,
@@ -108,20 +106,22 @@ class Reference:
         in_proj_bias: Tensor,
         out_proj_weight: Tensor,
         out_proj_bias: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         p = self.problem
         projected = x @ in_proj_weight.T + in_proj_bias
         query, key, value = (
             t.unflatten(-1, (p.heads, p.head_dim)).transpose(1, 2) for t in projected.chunk(3, -1)
         )
-        mask = self._mask(None, 0, p.query_length, x.device)
-        plain = Problem("dot", p.batch, p.heads, p.query_length, p.key_length, p.head_dim)
-        attended = peers.dot_composition(plain)(query, key, value, mask)
-        return attended.transpose(1, 2).flatten(2) @ out_proj_weight.T + out_proj_bias
+        weights = torch.softmax(query @ key.transpose(-2, -1) * p.head_dim**-0.5, -1)
+        attended = (weights @ value).transpose(1, 2).flatten(2)
+        out = attended @ out_proj_weight.T + out_proj_bias
+        return (out, weights.mean(1)) if p.op == "multi_head_weights" else out
 
-    def errors(self, out: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    def errors(
+        self, outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         """Largest error of each tensor relative to its largest element; NaN counts as infinity."""
-        found = {"out": (out, self.out)}
+        found = {name: (got, self.outputs[name]) for name, got in outputs.items()}
         for name, gradient in gradients.items():
             expected = self.inputs[name].grad
             assert expected is not None
@@ -132,6 +132,12 @@ class Reference:
             difference = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
             errors[name] = float(difference.nan_to_num(nan=torch.inf))
         return errors
+
+
+def by_name(result: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What a candidate returned: the output, or the output and the weights."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    return dict(zip(("out", "weights"), outputs, strict=False))
 
 
 def too_wrong(errors: Mapping[str, float], dtype: torch.dtype) -> str:

@@ -1,0 +1,5 @@
+#define TSA_CPU_ISA generic
+#include "loops.h"
+#include "loops_isa.h"
+
+TSA_LOOPS(generic)
