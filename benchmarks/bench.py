@@ -119,8 +119,12 @@ def select(options: argparse.Namespace) -> tuple[list[Problem], float]:
     problems = [p for p in problems if not options.op or p.op in options.op]
     problems = [p for p in problems if set(options.only) <= set(p.label.split())]
     costs = {
-        p: len(options.dtype)
-        * estimate.seconds(p, options.names, options.passes, options.threads, options.seconds)
+        p: sum(
+            estimate.seconds(
+                p, dtype, options.names, options.passes, options.threads, options.seconds
+            )
+            for dtype in options.dtype
+        )
         for p in problems
     }
     problems = estimate.part(problems, [costs[p] for p in problems], *options.part)
@@ -205,7 +209,7 @@ class Bench:
             record["status"] = "ok"
             calls[name] = call
         if not self.options.no_time:
-            held_to = self._limits(list(calls))
+            held_to = self._limits(one_pass, list(calls))
             for name, limit in held_to.items():
                 records[name] = self._record(name, one_pass) | {
                     "type": "machine_limit", "status": "ok", "unit": limit.unit, "work": limit.work
@@ -237,12 +241,13 @@ class Bench:
             **({"implementation": self._implementation(name)} if name.startswith("ours") else {}),
         }
 
-    def _limits(self, names: list[str]) -> dict[str, limits.Limit]:
+    def _limits(self, one_pass: str, names: list[str]) -> dict[str, limits.Limit]:
         """Those that the named ones of ours are held to."""
         isas = [self._implementation(n) for n in names if n.startswith("ours") and "@" not in n]
         if self.options.device != "cpu" or not isas:
             return {}
-        found = limits.of(self.problem, self.dtype, self.threads, isas)
+        backward = one_pass == "forward_backward"
+        found = limits.of(self.problem, backward, self.dtype, self.threads, isas)
         return {f"limit:{limit.name}": limit for limit in found}
 
     def _implementation(self, name: str) -> str:

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.problem_sets import Problem
 
-ISAS = {"generic": 0, "avx2": 1, "avx512": 2}
+# Implementations of ours, and which loops are compiled as they are.
+ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512bf16": 2}
 LOOPS = {"fma": 0, "division": 1, "mixed": 2}
 # Per round of a loop and vector, see benchmarks/loops/loops_isa.h. What `mixed` counts is pairs
 # of the additive score: a round is four elements of a vector of pairs.
@@ -99,13 +100,17 @@ def _products(length: int, head_dim: int) -> list[Limit]:
     ]
 
 
-def of(problem: Problem, dtype: torch.dtype, threads: int, isas: list[str]) -> list[Limit]:
+def of(
+    problem: Problem, backward: bool, dtype: torch.dtype, threads: int, isas: list[str]
+) -> list[Limit]:
     """Those that apply, on the CPU. isas: what the measured kernels of ours are compiled for."""
     p = problem
     if p.mask or p.causal:
         return []
     found: list[Limit] = []
     if p.op == "dot" and p.query_length == 1:
+        if backward:
+            return []
         footprint = 2 * p.batch * (p.kv_heads or p.heads) * p.key_length * p.head_dim
         found += _read("read", footprint * dtype.itemsize, threads)
         found += _read("read_large", LARGE, threads)
@@ -152,7 +157,10 @@ def figures(
         # gradient. Products with the values are four slots each: one forward, two backward.
         fmas, divisions, products = (28, 4, 12) if backward else (9, 1, 4)
         division_time = divisions / rates[f"division:{isa}"]
-        for name, slots in (("score", fmas), ("score_and_products", fmas + products)):
+        counted = {"score": fmas, "score_and_products": fmas + products}
+        if isa == "avx512bf16":  # its products are not made of FMAs
+            del counted["score_and_products"]
+        for name, slots in counted.items():
             least = triples / 4 * max(slots / rates[f"fma:{isa}"], division_time)
             found[name] = least / seconds
         if not backward:
