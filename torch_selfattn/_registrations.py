@@ -36,6 +36,18 @@ def _fold(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | 
     return x.expand(size, batch, *x.shape[2:]).reshape(size * batch, *x.shape[2:])
 
 
+def _whole_weight(x: Tensor | None, dim: int | None) -> tuple[Tensor | None, int | None]:
+    """An (E) or (H, E) weight as (1, 1, E) or (1, H, E), for folding."""
+    if x is None:
+        return None, dim
+    front = _front(x, dim)
+    assert front is not None
+    lead = 0 if dim is None else 1
+    for _ in range(lead + 3 - front.dim()):
+        front = front.unsqueeze(lead)
+    return front, None if dim is None else 0
+
+
 def _unfold(x: Tensor, size: int) -> Tensor:
     return x.unflatten(0, (size, x.shape[0] // size))
 
@@ -58,8 +70,8 @@ def _batch_of(query: Tensor, dim: int | None) -> int:
 
 
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
-    tensors, options = args[:8], args[8:]
-    dims = in_dims[:8]
+    tensors, options = list(args[:8]), args[8:]
+    dims = list(in_dims[:8])
     dropout_p = options[1]
     size = info.batch_size
     if dropout_p > 0 and info.randomness == "error":
@@ -83,6 +95,7 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
         # A philox state per sample tells the backward rule that they were computed one by one.
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
 
+    tensors[3], dims[3] = _whole_weight(tensors[3], dims[3])
     batch = _batch_of(tensors[0], dims[0])
     folded = [_fold(t, d, size, batch) for t, d in zip(tensors, dims, strict=True)]
     for i in (3, 4):  # weight and mask: if they are the same for all, they stay as they are
@@ -94,8 +107,8 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
     # grad_output, grad_lse, the eight inputs, output, lse, philox_state, options, attn_mask_grad
-    tensors, options = args[:13], args[13:]
-    dims = in_dims[:13]
+    tensors, options = list(args[:13]), args[13:]
+    dims = list(in_dims[:13])
     dropout_p = options[1]
     size = info.batch_size
     output_dim, philox_dim = dims[10], dims[12]
@@ -104,6 +117,8 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
         results = [_backward_op(*_sample(tensors, dims, v), *options) for v in range(size)]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0, 0, 0)
 
+    (given_weight,) = _sample(tensors[5:6], dims[5:6], 0)
+    tensors[5], dims[5] = _whole_weight(tensors[5], dims[5])
     batch = _batch_of(tensors[2], dims[2])
     folded = [_fold(t, d, size, batch) for t, d in zip(tensors[:12], dims[:12], strict=True)]
     attn_mask, attn_mask_grad = tensors[6], options[-1]
@@ -121,6 +136,8 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
             rows = _batch_of(tensor, dim)
             grads[i] = _sum_to(_unfold(grads[i], size), rows)
             out_dims[i] = 0
+    if given_weight is not None:
+        grads[3] = grads[3].reshape(size, *given_weight.shape)
     return tuple(grads), tuple(out_dims)
 
 

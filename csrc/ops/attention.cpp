@@ -120,14 +120,14 @@ namespace {
 // The composite layer: canonical shapes, then the forward operator.
 
 std::tuple<Tensor, Tensor> attend(const char* op, const AttentionTensors& tensors,
-                                  const AttentionOptions<SymInt>& options, bool is_causal,
+                                  AttentionOptions<SymInt> options, bool is_causal,
                                   bool enable_gqa) {
-  const CanonicalProblem c = canonicalize(op, tensors, options, is_causal, enable_gqa);
-  const auto [output, lse, philox_state] =
-      attention_forward(c.query, c.key, c.value, c.weight, c.attn_mask, c.key_lengths, c.key_starts,
-                        c.query_offsets, c.options.scale, c.options.dropout_p,
+  const CanonicalProblem c = canonicalize(op, tensors, std::move(options), is_causal, enable_gqa);
+  auto [output, lse, philox_state] =
+      attention_forward(*c.query, *c.key, *c.value, c.weight, c.attn_mask, c.key_lengths,
+                        c.key_starts, c.query_offsets, c.options.scale, c.options.dropout_p,
                         c.options.window_left, c.options.window_right, c.options.query_offset);
-  if (c.rank == 4) return {output, lse};
+  if (c.rank == 4) return {std::move(output), std::move(lse)};
   return {c.restore(output), c.restore(lse)};
 }
 

@@ -8,7 +8,8 @@
 #include <tuple>
 
 // The inner layers of dense attention. weight is absent for the dot-product score.
-//   query (B, H, Lq, E), key (B, Hk, Lk, E), value (B, Hk, Lk, Ev), weight (B or 1, H or 1, E),
+//   query (B, H, Lq, E), key (B, Hk, Lk, E), value (B, Hk, Lk, Ev),
+//   weight (B or 1, H or 1, E), the leading ones of which may be missing,
 //   attn_mask (B or 1, H or 1, Lq or 1, Lk or 1), key_lengths, key_starts, query_offsets (B);
 //   output (B, H, Lq, Ev), lse (B, H, Lq), philox_state (2) if dropout_p > 0, else (0).
 // kernels/common/attention_problem.h says what they compute.

@@ -55,7 +55,7 @@ Tensor select(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
   return selection.has_value() ? at::index_select(t, dim, *selection) : t;
 }
 
-// A weight or mask, whose broadcast dimensions stay.
+// A mask, whose broadcast dimensions stay.
 Tensor select_unless_broadcast(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
   return TORCH_GUARD_OR_FALSE(t.sym_size(dim).sym_eq(1)) ? t : select(t, dim, selection);
 }
@@ -108,22 +108,28 @@ Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
       is_causal, enable_gqa);
 
   // Only the rows and heads asked for.
-  const SymInt group = c.key.sym_size(1) == 0 ? SymInt(1) : c.query.sym_size(1) / c.key.sym_size(1);
-  const Tensor chosen_query = select(select(c.query, 1, heads), 2, rows);
-  Tensor chosen_key = c.key;
+  const SymInt query_heads = c.query->sym_size(1);
+  const SymInt key_heads = c.key->sym_size(1);
+  const SymInt group = key_heads == 0 ? SymInt(1) : query_heads / key_heads;
+  const Tensor chosen_query = select(select(*c.query, 1, heads), 2, rows);
+  Tensor chosen_key = *c.key;
   if (heads.has_value() && group == 1) {
-    chosen_key = select(c.key, 1, heads);
+    chosen_key = select(*c.key, 1, heads);
   } else if (heads.has_value()) {
     chosen_key =
-        at::index_select(c.key, 1, heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
+        at::index_select(*c.key, 1, heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
   } else {
-    chosen_key = repeat_heads(c.key, c.query.sym_size(1));
+    chosen_key = repeat_heads(*c.key, query_heads);
   }
 
-  Tensor scores = c.weight.has_value()
-                      ? additive_scores(chosen_query, chosen_key,
-                                        select_unless_broadcast(*c.weight, 1, heads), scale)
-                      : dot_scores(chosen_query, chosen_key, scale);
+  Tensor scores;
+  if (c.weight.has_value()) {
+    const bool per_head = c.weight->dim() == 2;
+    const Tensor chosen_weight = per_head ? select(*c.weight, 0, heads) : *c.weight;
+    scores = additive_scores(chosen_query, chosen_key, chosen_weight, scale);
+  } else {
+    scores = dot_scores(chosen_query, chosen_key, scale);
+  }
   Tensor allowed = allowed_pairs(c.tensors(), c.options, rows.value_or(Tensor()));
   if (c.attn_mask.has_value()) {
     const Tensor mask =

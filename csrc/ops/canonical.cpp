@@ -2,22 +2,25 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/repeat_interleave.h>
-#include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <utility>
 
 #include "ops/checks.h"
+#include "ops/known_equal.h"
 
 namespace torch_selfattn::ops {
 
 namespace {
 
 using at::Tensor;
+using c10::MaybeOwned;
+using c10::SymDimVector;
 using c10::SymInt;
 
-bool equal(const SymInt& a, const SymInt& b) { return TORCH_GUARD_OR_FALSE(a.sym_eq(b)); }
-bool is_one(const SymInt& a) { return equal(a, 1); }
+bool is_one(const SymInt& a) { return known_equal(a, 1); }
 
 // For either device: fake tensors say that theirs is Meta. The forward operator's own check, after
 // its Autocast kernel, finds what was not cast.
@@ -28,7 +31,9 @@ bool is_autocast_on() {
 
 // The size at `from_end` (-1 is the last), 1 where the tensor has no such dimension.
 SymInt size_or_one(const Tensor& t, int64_t from_end) {
-  return t.dim() + from_end >= 0 ? t.sym_size(from_end) : SymInt(1);
+  const c10::SymIntArrayRef sizes = t.sym_sizes();
+  const int64_t d = static_cast<int64_t>(sizes.size()) + from_end;
+  return d >= 0 ? sizes[static_cast<size_t>(d)] : SymInt(1);
 }
 
 struct Shapes {
@@ -42,10 +47,10 @@ struct Shapes {
 };
 
 // The common size of one leading dimension.
-SymInt broadcast(const Shapes& shapes, const std::vector<SymInt>& sizes) {
+SymInt broadcast(const Shapes& shapes, std::initializer_list<SymInt> sizes) {
   SymInt common = 1;
   for (const SymInt& size : sizes) {
-    if (is_one(size) || equal(size, common)) continue;
+    if (is_one(size) || known_equal(size, common)) continue;
     if (!is_one(common)) shapes.refuse("leading dimensions must be broadcastable");
     common = size;
   }
@@ -65,12 +70,12 @@ Tensor with_rank(const Tensor& t, int64_t rank) {
 }
 
 // Expands the dimensions before the last three to `batch` and merges them into one.
-Tensor merge_batch(const Tensor& t, const std::vector<SymInt>& batch) {
-  const int64_t leading = static_cast<int64_t>(batch.size());
+Tensor merge_batch(const Tensor& t, const SymDimVector& batch) {
+  const size_t leading = batch.size();
   bool expand = false;
-  std::vector<SymInt> size = t.sym_sizes().vec();
-  for (int64_t d = 0; d < leading; ++d) {
-    expand = expand || !equal(size[d], batch[d]);
+  SymDimVector size(t.sym_sizes());
+  for (size_t d = 0; d < leading; ++d) {
+    expand = expand || !known_equal(size[d], batch[d]);
     size[d] = batch[d];
   }
   Tensor result = expand ? t.expand_symint(size) : t;
@@ -82,11 +87,19 @@ Tensor merge_batch(const Tensor& t, const std::vector<SymInt>& batch) {
   return result;
 }
 
+// Query, key or value as (B, H, L, D): itself if it is that already.
+MaybeOwned<Tensor> canonical_tensor(const Tensor& t, int64_t rank, const SymDimVector& batch) {
+  if (rank == 4 && t.dim() == 4 && known_equal(t.sym_sizes()[0], batch[0])) {
+    return MaybeOwned<Tensor>::borrowed(t);
+  }
+  return MaybeOwned<Tensor>::owned(merge_batch(with_rank(t, rank), batch));
+}
+
 // A mask keeps its broadcast dimensions as size 1: its gradient has the shape it was given in.
 Tensor canonical_mask(const Shapes& shapes, const Tensor& given, int64_t rank,
-                      const std::vector<SymInt>& batch, const SymInt& heads) {
+                      const SymDimVector& batch, const SymInt& heads) {
   const auto refuse = [&] {
-    std::vector<SymInt> full = batch;
+    SymDimVector full = batch;
     if (rank == 2) full.clear();
     if (rank > 3) full.push_back(heads);
     full.push_back(shapes.tensors.query.sym_size(-2));
@@ -102,15 +115,15 @@ Tensor canonical_mask(const Shapes& shapes, const Tensor& given, int64_t rank,
   bool all_one = true;
   for (int64_t d = 0; d < leading; ++d) {
     const SymInt size = mask.sym_size(d);
-    if (!is_one(size) && !equal(size, batch[d])) refuse();
+    if (!is_one(size) && !known_equal(size, batch[d])) refuse();
     all_one = all_one && is_one(size);
   }
   const SymInt mask_heads = mask.sym_size(leading);
   const SymInt rows = mask.sym_size(leading + 1);
   const SymInt columns = mask.sym_size(leading + 2);
-  if ((!is_one(mask_heads) && !equal(mask_heads, heads)) ||
-      (!is_one(rows) && !equal(rows, shapes.tensors.query.sym_size(-2))) ||
-      (!is_one(columns) && !equal(columns, shapes.tensors.key.sym_size(-2)))) {
+  if ((!is_one(mask_heads) && !known_equal(mask_heads, heads)) ||
+      (!is_one(rows) && !known_equal(rows, shapes.tensors.query.sym_size(-2))) ||
+      (!is_one(columns) && !known_equal(columns, shapes.tensors.key.sym_size(-2)))) {
     refuse();
   }
   if (leading == 1) return mask;
@@ -119,11 +132,12 @@ Tensor canonical_mask(const Shapes& shapes, const Tensor& given, int64_t rank,
 }
 
 OptionalTensor canonical_index(const Shapes& shapes, const char* name, const OptionalTensor& index,
-                               int64_t rank, const std::vector<SymInt>& batch) {
+                               int64_t rank, const SymDimVector& batch) {
   if (!index.has_value()) return index;
   bool fits =
       index->dim() == static_cast<int64_t>(batch.size()) || (rank == 2 && index->dim() == 0);
-  for (int64_t d = 0; fits && d < index->dim(); ++d) fits = equal(index->sym_size(d), batch[d]);
+  for (int64_t d = 0; fits && d < index->dim(); ++d)
+    fits = known_equal(index->sym_size(d), batch[d]);
   TORCH_CHECK(fits, shapes.op, ": ", name, " must have one element per sample, shape ",
               c10::SymIntArrayRef(batch), " (got ", name, "=", index->sym_sizes(), ")");
   return index->dim() == 1 ? *index : index->reshape({-1});
@@ -132,7 +146,7 @@ OptionalTensor canonical_index(const Shapes& shapes, const char* name, const Opt
 // Key or value heads: as many as the query's, or a divisor of them with enable_gqa.
 void check_heads(const Shapes& shapes, const SymInt& heads, const SymInt& kv_heads,
                  bool enable_gqa) {
-  if (equal(kv_heads, heads)) return;
+  if (known_equal(kv_heads, heads)) return;
   if (!enable_gqa) {
     if (!is_one(kv_heads)) {
       shapes.refuse(
@@ -140,7 +154,7 @@ void check_heads(const Shapes& shapes, const SymInt& heads, const SymInt& kv_hea
     }
     return;
   }
-  if (!(kv_heads > 0) || !equal(heads % kv_heads, 0)) {
+  if (!(kv_heads > 0) || !known_equal(heads % kv_heads, 0)) {
     shapes.refuse("Number of heads in key and value must divide the number of heads in query");
   }
 }
@@ -151,14 +165,13 @@ Tensor CanonicalProblem::restore(const Tensor& result) const {
   if (rank == 4) return result;
   if (rank == 3) return result.squeeze(1);
   if (rank == 2) return result.squeeze(1).squeeze(0);
-  std::vector<SymInt> size = batch_shape;
+  SymDimVector size = batch_shape;
   for (int64_t d = 1; d < result.dim(); ++d) size.push_back(result.sym_size(d));
   return result.reshape_symint(size);
 }
 
 CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
-                              const AttentionOptions<SymInt>& options, bool is_causal,
-                              bool enable_gqa) {
+                              AttentionOptions<SymInt> options, bool is_causal, bool enable_gqa) {
   check_attention_arguments(op, t, options, is_autocast_on());
   TORCH_CHECK(
       !(is_causal && t.attn_mask.has_value()), op,
@@ -166,47 +179,46 @@ CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
       "mask and window_right=0 (got attn_mask=",
       t.attn_mask->sym_sizes(), ", is_causal=True)");
   const Shapes shapes{op, t};
-  CanonicalProblem c{t.query,      t.key,           t.value, t.weight, t.attn_mask, t.key_lengths,
-                     t.key_starts, t.query_offsets, options, 4,        {}};
+  CanonicalProblem c;
+  c.options = std::move(options);
   if (is_causal) c.options.window_right = 0;
 
   const int64_t rank = std::max({t.query.dim(), t.key.dim(), t.value.dim()});
   c.rank = rank;
-  std::vector<SymInt> batch;
+  SymDimVector batch;
   for (int64_t from_end = -rank; from_end < (rank == 3 ? -2 : -3); ++from_end) {
     batch.push_back(broadcast(shapes, {size_or_one(t.query, from_end), size_or_one(t.key, from_end),
                                        size_or_one(t.value, from_end)}));
   }
   if (rank == 2) batch.emplace_back(1);
-  if (rank != 4 || t.query.dim() != 4) c.query = with_rank(t.query, rank);
-  if (rank != 4 || t.key.dim() != 4) c.key = with_rank(t.key, rank);
-  if (rank != 4 || t.value.dim() != 4) c.value = with_rank(t.value, rank);
-  c.query = merge_batch(c.query, batch);
-  c.key = merge_batch(c.key, batch);
-  c.value = merge_batch(c.value, batch);
+  c.query = canonical_tensor(t.query, rank, batch);
+  c.key = canonical_tensor(t.key, rank, batch);
+  c.value = canonical_tensor(t.value, rank, batch);
   if (rank > 4) c.batch_shape = batch;
 
-  SymInt heads = c.query.sym_size(1);
-  SymInt key_heads = c.key.sym_size(1);
-  SymInt value_heads = c.value.sym_size(1);
+  SymInt heads = c.query->sym_sizes()[1];
+  const SymInt key_heads = c.key->sym_sizes()[1];
+  const SymInt value_heads = c.value->sym_sizes()[1];
   if (!enable_gqa && is_one(heads) && !(is_one(key_heads) && is_one(value_heads))) {
     heads = broadcast(shapes, {key_heads, value_heads});
-    c.query = c.query.expand_symint({-1, heads, -1, -1});
+    c.query = MaybeOwned<Tensor>::owned(c.query->expand_symint({-1, heads, -1, -1}));
   }
   check_heads(shapes, heads, key_heads, enable_gqa);
   check_heads(shapes, heads, value_heads, enable_gqa);
-  if (!equal(key_heads, value_heads)) {  // rare: bring both to the query's heads
-    c.key = at::repeat_interleave_symint(c.key, heads / key_heads, 1);
-    c.value = at::repeat_interleave_symint(c.value, heads / value_heads, 1);
+  if (!known_equal(key_heads, value_heads)) {  // rare: bring both to the query's heads
+    const auto repeated = [&heads](const Tensor& t, const SymInt& from) {
+      return MaybeOwned<Tensor>::owned(at::repeat_interleave_symint(t, heads / from, 1));
+    };
+    c.key = repeated(*c.key, key_heads);
+    c.value = repeated(*c.value, value_heads);
   }
 
   if (t.weight.has_value()) {
     const Tensor& w = *t.weight;
-    const bool per_head = w.dim() == 2;
-    TORCH_CHECK(w.dim() == 1 || (per_head && equal(w.sym_size(0), heads)), op,
+    TORCH_CHECK(w.dim() == 1 || (w.dim() == 2 && known_equal(w.sym_sizes()[0], heads)), op,
                 ": weight must have the shape (E) or (H, E) (got weight=", w.sym_sizes(),
                 ", query=", t.query.sym_sizes(), ")");
-    c.weight = per_head ? w.unsqueeze(0) : w.unsqueeze(0).unsqueeze(0);
+    c.weight = w;
   }
   if (t.attn_mask.has_value()) {
     c.attn_mask = canonical_mask(shapes, *t.attn_mask, rank, batch, heads);

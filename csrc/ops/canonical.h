@@ -1,29 +1,30 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include <vector>
+#include <c10/util/DimVector.h>
+#include <c10/util/MaybeOwned.h>
 
 #include "ops/attention.h"
 
 // From a user's shapes to those of the inner operators and back.
 namespace torch_selfattn::ops {
 
+// What needs no view is borrowed from the arguments of canonicalize().
 struct CanonicalProblem {
-  at::Tensor query;
-  at::Tensor key;
-  at::Tensor value;
+  c10::MaybeOwned<at::Tensor> query;
+  c10::MaybeOwned<at::Tensor> key;
+  c10::MaybeOwned<at::Tensor> value;
   OptionalTensor weight;
   OptionalTensor attn_mask;
   OptionalTensor key_lengths;
   OptionalTensor key_starts;
   OptionalTensor query_offsets;
   AttentionOptions<c10::SymInt> options;
-  int64_t rank = 4;                      // of the user's query, key and value, broadcast
-  std::vector<c10::SymInt> batch_shape;  // the dimensions before the heads, if rank > 4
+  int64_t rank = 4;               // of the user's query, key and value, broadcast
+  c10::SymDimVector batch_shape;  // the dimensions before the heads, if rank > 4
 
   AttentionTensors tensors() const {
-    return {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets};
+    return {*query, *key, *value, weight, attn_mask, key_lengths, key_starts, query_offsets};
   }
   // A result (B, H, ...) in the user's shape (..., H, ...).
   at::Tensor restore(const at::Tensor& result) const;
@@ -33,7 +34,7 @@ struct CanonicalProblem {
 // (a copy only for five and more dimensions that cannot be merged), and folds is_causal into
 // window_right = 0. The common case, four dimensions that need no broadcasting, makes no view.
 CanonicalProblem canonicalize(const char* op, const AttentionTensors& tensors,
-                              const AttentionOptions<c10::SymInt>& options, bool is_causal,
+                              AttentionOptions<c10::SymInt> options, bool is_causal,
                               bool enable_gqa);
 
 }  // namespace torch_selfattn::ops

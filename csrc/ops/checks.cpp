@@ -3,6 +3,11 @@
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+
+#include "ops/known_equal.h"
+
 namespace torch_selfattn::ops {
 
 namespace {
@@ -27,20 +32,19 @@ void check_index_tensor(const char* op, const char* name, const Tensor& query,
 
 void check_shape(const char* op, const char* name, const Tensor& tensor,
                  c10::SymIntArrayRef expected) {
-  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
-  for (size_t d = 0; same && d < expected.size(); ++d) {
-    same = TORCH_GUARD_OR_FALSE(tensor.sym_size(static_cast<int64_t>(d)).sym_eq(expected[d]));
-  }
+  const c10::SymIntArrayRef sizes = tensor.sym_sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t d = 0; same && d < expected.size(); ++d) same = known_equal(sizes[d], expected[d]);
   TORCH_CHECK(same, op, ": ", name, " must have the shape ", expected, " (got ", name, "=",
               tensor.sym_sizes(), ")");
 }
 
 void check_broadcastable(const char* op, const char* name, const Tensor& tensor,
                          c10::SymIntArrayRef full) {
-  bool fits = tensor.dim() == static_cast<int64_t>(full.size());
+  const c10::SymIntArrayRef sizes = tensor.sym_sizes();
+  bool fits = sizes.size() == full.size();
   for (size_t d = 0; fits && d < full.size(); ++d) {
-    const SymInt size = tensor.sym_size(static_cast<int64_t>(d));
-    fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) || TORCH_GUARD_OR_FALSE(size.sym_eq(full[d]));
+    fits = known_equal(sizes[d], 1) || known_equal(sizes[d], full[d]);
   }
   TORCH_CHECK(fits, op, ": ", name, " must be broadcastable to ", full, " (got ", name, "=",
               tensor.sym_sizes(), ")");
@@ -66,10 +70,13 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
   TORCH_CHECK_NOT_IMPLEMENTED(is_supported_dtype(q.scalar_type()), op,
                               ": query must be float64, float32, float16 or bfloat16 (got ",
                               "query.dtype=", q.dtype(), ")");
-  TORCH_SYM_CHECK(q.sym_size(-1).sym_eq(k.sym_size(-1)), op,
+  const c10::SymIntArrayRef q_sizes = q.sym_sizes();
+  const c10::SymIntArrayRef k_sizes = k.sym_sizes();
+  const c10::SymIntArrayRef v_sizes = v.sym_sizes();
+  TORCH_SYM_CHECK(q_sizes.back().sym_eq(k_sizes.back()), op,
                   ": query and key must have the same head dim (got query=", q.sym_sizes(),
                   ", key=", k.sym_sizes(), ")");
-  TORCH_SYM_CHECK(k.sym_size(-2).sym_eq(v.sym_size(-2)), op,
+  TORCH_SYM_CHECK(k_sizes[k_sizes.size() - 2].sym_eq(v_sizes[v_sizes.size() - 2]), op,
                   ": key and value must have the same length (got key=", k.sym_sizes(),
                   ", value=", v.sym_sizes(), ")");
   if (t.weight.has_value()) {
@@ -80,7 +87,7 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
     TORCH_CHECK(will_be_cast || w.scalar_type() == q.scalar_type(), op,
                 ": weight must have the dtype of query (got query=", q.dtype(),
                 ", weight=", w.dtype(), ")");
-    TORCH_CHECK(w.dim() >= 1 && TORCH_GUARD_OR_FALSE(w.sym_size(-1).sym_eq(q.sym_size(-1))), op,
+    TORCH_CHECK(w.dim() >= 1 && known_equal(w.sym_sizes().back(), q_sizes.back()), op,
                 ": weight must have as many columns as query (got query=", q.sym_sizes(),
                 ", weight=", w.sym_sizes(), ")");
   }
@@ -116,28 +123,29 @@ void check_attention_forward(const AttentionTensors& t, const AttentionOptions<S
       t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
       ": the inner operator takes tensors of four dimensions (got query=", t.query.sym_sizes(),
       ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(), ")");
-  const SymInt batch = t.query.sym_size(0);
-  const SymInt heads = t.query.sym_size(1);
-  const SymInt kv_heads = t.key.sym_size(1);
+  const c10::SymIntArrayRef q_sizes = t.query.sym_sizes();
+  const c10::SymIntArrayRef k_sizes = t.key.sym_sizes();
+  const c10::SymIntArrayRef v_sizes = t.value.sym_sizes();
+  const SymInt& batch = q_sizes[0];
+  const SymInt& heads = q_sizes[1];
+  const SymInt& kv_heads = k_sizes[1];
   TORCH_CHECK(
-      TORCH_GUARD_OR_FALSE(t.key.sym_size(0).sym_eq(batch)) &&
-          TORCH_GUARD_OR_FALSE(t.value.sym_size(0).sym_eq(batch)) &&
-          TORCH_GUARD_OR_FALSE(t.value.sym_size(1).sym_eq(kv_heads)),
+      known_equal(k_sizes[0], batch) && known_equal(v_sizes[0], batch) &&
+          known_equal(v_sizes[1], kv_heads),
       op, ": the inner operator takes key and value of one batch and head count (got query=",
       t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ", value=", t.value.sym_sizes(), ")");
   // Zero heads of keys are fine only for zero heads of queries.
-  TORCH_CHECK(TORCH_GUARD_OR_FALSE(kv_heads.sym_eq(heads)) ||
-                  (kv_heads > 0 && TORCH_GUARD_OR_FALSE((heads % kv_heads).sym_eq(0))),
+  TORCH_CHECK(known_equal(kv_heads, heads) || (kv_heads > 0 && known_equal(heads % kv_heads, 0)),
               op,
               ": Number of heads in key and value must divide the number of heads in query (got ",
               "query=", t.query.sym_sizes(), ", key=", t.key.sym_sizes(), ")");
-  const SymInt query_length = t.query.sym_size(2);
-  const SymInt key_length = t.key.sym_size(2);
   if (t.weight.has_value()) {
-    check_broadcastable(op, "weight", *t.weight, {batch, heads, t.query.sym_size(3)});
+    const std::array<SymInt, 3> full = {batch, heads, q_sizes[3]};
+    const size_t missing = 3 - std::min<size_t>(t.weight->sym_sizes().size(), 3);
+    check_broadcastable(op, "weight", *t.weight, c10::SymIntArrayRef(full).slice(missing));
   }
   if (t.attn_mask.has_value()) {
-    check_broadcastable(op, "attn_mask", *t.attn_mask, {batch, heads, query_length, key_length});
+    check_broadcastable(op, "attn_mask", *t.attn_mask, {batch, heads, q_sizes[2], k_sizes[2]});
   }
   if (t.key_lengths.has_value()) check_shape(op, "key_lengths", *t.key_lengths, {batch});
   if (t.key_starts.has_value()) check_shape(op, "key_starts", *t.key_starts, {batch});
@@ -149,8 +157,9 @@ void check_attention_backward(const Tensor& grad_output, const OptionalTensor& g
                               const Tensor& philox_state, const AttentionOptions<SymInt>& options) {
   check_attention_forward(t, options);
   const char* op = t.name();
-  const std::vector<SymInt> output_shape = {t.query.sym_size(0), t.query.sym_size(1),
-                                            t.query.sym_size(2), t.value.sym_size(3)};
+  const c10::SymIntArrayRef q_sizes = t.query.sym_sizes();
+  const std::array<SymInt, 4> output_shape = {q_sizes[0], q_sizes[1], q_sizes[2],
+                                              t.value.sym_sizes()[3]};
   const c10::SymIntArrayRef lse_shape = c10::SymIntArrayRef(output_shape).slice(0, 3);
   check_shape(op, "output", output, output_shape);
   check_shape(op, "the gradient of the output", grad_output, output_shape);
@@ -167,16 +176,16 @@ void check_attention_backward(const Tensor& grad_output, const OptionalTensor& g
       lse.scalar_type() == (t.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), op,
       ": lse must be float64 for float64 inputs and float32 otherwise (got lse.dtype=", lse.dtype(),
       ")");
-  TORCH_CHECK(
-      philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
-          TORCH_GUARD_OR_FALSE(philox_state.sym_size(0).sym_eq(options.dropout_p > 0 ? 2 : 0)),
-      op, ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
-      philox_state.sym_sizes(), ")");
+  TORCH_CHECK(philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
+                  known_equal(philox_state.sym_sizes()[0], options.dropout_p > 0 ? 2 : 0),
+              op,
+              ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
+              philox_state.sym_sizes(), ")");
 }
 
 void check_dropout_factors(const Tensor& philox_state, double dropout_p) {
   TORCH_CHECK(philox_state.scalar_type() == at::kLong && philox_state.dim() == 1 &&
-                  TORCH_GUARD_OR_FALSE(philox_state.sym_size(0).sym_eq(2)),
+                  known_equal(philox_state.sym_sizes()[0], 2),
               "_attention_dropout_factors: philox_state must be int64, (2) (got philox_state=",
               philox_state.sym_sizes(), ")");
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0,

@@ -24,9 +24,9 @@ namespace {
 
 template <typename ViewType>
 void set_strides(ViewType& view, const Tensor& tensor) {
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    view.stride[d] = tensor.size(d) == 1 ? 0 : tensor.stride(d);
-  }
+  const at::IntArrayRef sizes = tensor.sizes();
+  const at::IntArrayRef strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) view.stride[d] = sizes[d] == 1 ? 0 : strides[d];
 }
 
 const int64_t* index_pointer(const OptionalTensor& index, Tensor& keep_alive) {
@@ -72,8 +72,9 @@ PreparedProblem prepare_problem(const AttentionTensors& t,
   if (t.weight.has_value()) {
     const kernels::ConstView weight = const_view(*t.weight);
     p.weight = weight.data;
-    for (int d = 0; d < 3; ++d) p.weight_stride[d] = weight.stride[d];
-    for (int d = 0; d < 2; ++d) p.weight_size[d] = t.weight->size(d);
+    const int64_t missing = 3 - t.weight->dim();
+    for (int64_t d = missing; d < 3; ++d) p.weight_stride[d] = weight.stride[d - missing];
+    for (int64_t d = missing; d < 2; ++d) p.weight_size[d] = t.weight->size(d - missing);
   }
   if (t.attn_mask.has_value()) {
     const Tensor& mask = *t.attn_mask;
@@ -97,17 +98,16 @@ PreparedProblem prepare_problem(const AttentionTensors& t,
 }
 
 ForwardResults empty_forward_results(const AttentionTensors& t, double dropout_p) {
-  const c10::SymInt batch = t.query.sym_size(0);
-  const c10::SymInt heads = t.query.sym_size(1);
-  const c10::SymInt length = t.query.sym_size(2);
-  return {empty_in_order_of(t.query, {batch, heads, length, t.value.sym_size(3)}),
-          at::empty_symint({batch, heads, length}, t.query.options().dtype(lse_dtype(t.query))),
+  const c10::SymIntArrayRef sizes = t.query.sym_sizes();
+  return {empty_in_order_of(t.query, {sizes[0], sizes[1], sizes[2], t.value.sym_sizes()[3]}),
+          at::empty_symint(sizes.slice(0, 3), t.query.options().dtype(lse_dtype(t.query))),
           at::empty({dropout_p > 0 ? 2 : 0}, t.query.options().dtype(at::kLong))};
 }
 
 BackwardResults empty_backward_results(const AttentionTensors& t, bool attn_mask_grad) {
   const auto like = [](const Tensor& x) {
-    return empty_in_order_of(x, {x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3)});
+    const c10::SymIntArrayRef sizes = x.sym_sizes();
+    return empty_in_order_of(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
   };
   const auto contiguous_like = [&](const OptionalTensor& x, bool wanted) {
     return wanted ? at::empty_symint(x->sym_sizes(), x->options())

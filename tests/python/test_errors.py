@@ -438,6 +438,14 @@ INNER = {
         {"weight": zeros(1, 2, 8)},
         "weight must be broadcastable to [2, 4, 8] (got weight=[1, 2, 8])",
     ),
+    "weight of two dimensions": (
+        {"weight": zeros(2, 8)},
+        "weight must be broadcastable to [4, 8] (got weight=[2, 8])",
+    ),
+    "weight of four dimensions": (
+        {"weight": zeros(1, 1, 1, 8)},
+        "weight must be broadcastable to [2, 4, 8] (got weight=[1, 1, 1, 8])",
+    ),
     "mask": (
         {"attn_mask": zeros(3, 5)},
         "attn_mask must be broadcastable to [2, 4, 3, 5] (got attn_mask=[3, 5])",

@@ -68,17 +68,19 @@ def test_forward(name: str, mask_batch: int) -> None:
     torch.testing.assert_close(ours, torch.stack(by_loop(attend, made, dims)), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("weight_rank", [2, 3])
 @pytest.mark.parametrize("mask_batch", [1, B])
 @pytest.mark.parametrize("name", IN_DIMS)
-def test_backward_operator(name: str, mask_batch: int) -> None:
+def test_backward_operator(name: str, mask_batch: int, weight_rank: int) -> None:
     """The gradients of each sample, also of what all samples share."""
     dims = IN_DIMS[name]
     made = arguments(dims, mask_batch)
     floating = ("query", "key", "value", "weight", "attn_mask")
 
     def inner(made: dict, grad: torch.Tensor):
+        weight = made["weight"] if weight_rank == 2 else made["weight"][None]
         tensors = (
-            made["query"], made["key"], made["value"], made["weight"][None], made["attn_mask"],
+            made["query"], made["key"], made["value"], weight, made["attn_mask"],
             made["key_lengths"], None, None,
         )  # fmt: skip
         numbers = (None, 0.0, -1, -1, 0)
@@ -97,7 +99,8 @@ def test_backward_operator(name: str, mask_batch: int) -> None:
         return torch.autograd.grad(attend(**{**made, **leaves}), list(leaves.values()), grad)
 
     expected = [torch.stack(g) for g in zip(*by_loop(by_autograd, made, dims), strict=True)]
-    expected[3] = expected[3][:, None]
+    if weight_rank == 3:
+        expected[3] = expected[3][:, None]
     torch.testing.assert_close(list(ours), expected, atol=1e-12, rtol=1e-12)
 
 

@@ -117,7 +117,6 @@ class Attention : public Function<Attention> {
       edges.add(weight.has_value());
       ctx->saved_data["mask_edge"] = static_cast<int64_t>(edges.add(true));
     }
-    ctx->mark_non_differentiable({philox_state});
     ctx->set_materialize_grads(false);
     return {output, lse, philox_state};
   }

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "kernels/common/philox.h"
 #include "ops/checks.h"
 #include "ops/cpu/parallel.h"
@@ -35,12 +37,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(
   check_attention_forward(tensors, symbolic(options));
   check_key_bounds(tensors);
   const PreparedProblem prepared = prepare_problem(tensors, options);
-  const ForwardResults results = empty_forward_results(tensors, dropout_p);
+  ForwardResults results = empty_forward_results(tensors, dropout_p);
   if (dropout_p > 0) results.philox_state.random_();  // follows torch.manual_seed
   const auto& implementation = choose_from(kernels::cpu::attention_implementations(),
                                            prepared.problem, tensors.name(), "forward", "cpu");
   implementation.forward(forward_arguments(prepared, results), torch_parallel());
-  return {results.output, results.lse, results.philox_state};
+  return {std::move(results.output), std::move(results.lse), std::move(results.philox_state)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
@@ -61,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   if (dropout_p > 0) {
     prepared.problem.philox_state = philox_state.const_data_ptr<int64_t>();
   }
-  const BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
+  BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
   const Tensor contiguous_lse = lse.contiguous();
   const Tensor contiguous_grad_lse =
       grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
@@ -70,8 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   implementation.backward(backward_arguments(prepared, grad_output, contiguous_grad_lse, output,
                                              contiguous_lse, results),
                           torch_parallel());
-  return {results.grad_query, results.grad_key, results.grad_value, results.grad_weight,
-          results.grad_attn_mask};
+  return {std::move(results.grad_query), std::move(results.grad_key), std::move(results.grad_value),
+          std::move(results.grad_weight), std::move(results.grad_attn_mask)};
 }
 
 Tensor attention_dropout_factors_cpu(const Tensor& philox_state, int64_t batch, int64_t heads,
