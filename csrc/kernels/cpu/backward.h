@@ -88,7 +88,8 @@ class BackwardKernel {
     block_keys_ = smaller(Gradient::kBlockKeys, larger<std::int64_t>(16384 / widest, 1));
     block_keys_ = smaller(block_keys_, larger<std::int64_t>(p_.key_length, 1));
     block_keys_ = round_up(block_keys_, kPanel<T>);
-    block_rows_ = Gradient::kBlockRows;
+    block_rows_ = smaller<std::int64_t>(
+        Gradient::kBlockRows, round_up(larger<std::int64_t>(p_.query_length, 1), kGroupRows));
     score_ld_ = block_keys_ + kLanes<T>;
     blocks_ = (p_.key_length + block_keys_ - 1) / block_keys_;
 
@@ -149,7 +150,13 @@ class BackwardKernel {
     threads_ = carver.used();
     base_ = carver.base();
     thread_bytes_ = Buffers(*this, Carver()).bytes;
-    carver.take<char>(thread_bytes_ * larger(parallel_.threads, 1));
+    carver.take<char>(thread_bytes_ * workers());
+  }
+  // How many threads can be at work at once.
+  std::int64_t workers() const {
+    const std::int64_t threads = larger(parallel_.threads, 1);
+    if (groups_ > 1) return threads;
+    return larger<std::int64_t>(smaller<std::int64_t>(threads, batch_sets_ * head_sets_), 1);
   }
   std::int64_t weight_size() const { return query_width_ + 1; }  // sum G r, then sum G
 

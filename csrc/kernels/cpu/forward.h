@@ -115,7 +115,13 @@ class ForwardKernel {
     base_ = carver.base();
     Buffers one(*this, Carver(nullptr));
     thread_bytes_ = one.bytes;
-    carver.take<char>(thread_bytes_ * larger(parallel_.threads, 1));
+    carver.take<char>(thread_bytes_ * workers());
+  }
+  // How many threads can be at work at once.
+  std::int64_t workers() const {
+    const std::int64_t threads = larger(parallel_.threads, 1);
+    const bool one_phase = !shared_keys_ && splits_ == 1;
+    return one_phase ? smaller<std::int64_t>(threads, p_.batch * p_.heads * blocks_) : threads;
   }
 
   // What one thread works in.

@@ -211,17 +211,24 @@ struct Unchanged {
   TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/ = 0) const { return v; }
 };
 
-// Memory of one call. A failed allocation throws, as any operator new.
+// Memory of one call: of the caller's stack for a small problem, where an aligned allocation would
+// take as long as the arithmetic. A failed allocation throws, as any operator new.
 class Scratch {
  public:
   explicit Scratch(std::int64_t bytes)
-      : data_(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64})) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+      : data_(bytes <= kStackBytes
+                  ? stack_
+                  : ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64})) {}
+  ~Scratch() {
+    if (data_ != stack_) ::operator delete(data_, std::align_val_t{64});
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void* data() const { return data_; }
 
  private:
+  static constexpr std::int64_t kStackBytes = 32768;
+  alignas(64) char stack_[kStackBytes];
   void* data_;
 };
 
