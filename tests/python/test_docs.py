@@ -1,5 +1,7 @@
 """Every Python and C++ example of the README and of docs/ runs. (make lint checks the links.)"""
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -86,3 +88,70 @@ def test_named_source_files_exist(path):
     pattern = r"`((?:csrc|benchmarks|tests|tools|torch_selfattn|docs|examples|cmake)/[\w./]+\.\w+)`"
     for name in re.findall(pattern, path.read_text()):
         assert (ROOT / name).exists(), f"{path.name}: there is no {name}"
+
+
+# ---- docs/explain.md: what explain() says, which depends on the machine --------------------------
+
+
+def parse_explained(text):
+    """call -> (heading, {implementation: what is said of it}), of paragraphs that begin with a line
+    of calls that get the same answer."""
+    calls = {}
+    for paragraph in text.strip().split("\n\n"):
+        names, heading, *lines = paragraph.splitlines()
+        said = dict(line.strip().split(": ", 1) for line in lines)
+        calls |= {name: (heading, said) for name in names.split("; ")}
+    return calls
+
+
+LACKS = "not supported, this CPU has no "
+
+
+def on_this_machine(said, here):
+    """A documented answer as it must be where `here` is the answer to some call: without the
+    implementations that are not there, and refused by those that the processor cannot run."""
+    lacking = {name: text for name, text in here.items() if text.startswith(LACKS)}
+    result = {name: lacking.get(name, said[name]) for name in here}
+    able = [name for name in result if not result[name].startswith("not supported")]
+    forced = [name for name, text in said.items() if text == "runs (forced)"]
+    for name in able:
+        if forced:
+            result[name] = "runs (forced)" if name in forced else "supported, not the forced one"
+        else:
+            result[name] = "runs" if name == able[0] else "supported, but a better one runs"
+    return result
+
+
+def test_explain_is_as_documented():
+    path = ROOT / "docs/explain.md"
+    x = torch.zeros(1, 1, 1, 1)
+    ((_, here),) = parse_explained("a call\n" + torch_selfattn.explain(x, x, x)).values()
+    namespace = {}
+    documented = blocks(path, "text")
+    assert len(documented) == len(blocks(path, "python")) == 2
+    for (_, source), (_, output) in zip(blocks(path, "python"), documented, strict=True):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(source, namespace)
+        got, want = parse_explained(printed.getvalue()), parse_explained(output)
+        assert got.keys() == want.keys()
+        for call, (op, said) in want.items():
+            assert got[call][0] == op
+            assert list(got[call][1].items()) == list(on_this_machine(said, here).items()), call
+    assert len(namespace["calls"]) == 10
+
+
+def test_explain_as_documented_on_other_machines():
+    """The rule by which the test above reads the page where the processor has less."""
+    better, not_forced = "supported, but a better one runs", "supported, not the forced one"
+    refused = "not supported, the inputs are not bfloat16"
+    said = {"avx512bf16": refused, "avx512": "runs", "avx2": better, "generic": better}
+    assert on_this_machine(said, said) == said
+    no_avx512 = said | {"avx512bf16": LACKS + "BF16", "avx512": LACKS + "AVX-512", "avx2": "runs"}
+    assert on_this_machine(said, no_avx512) == no_avx512
+    assert on_this_machine(said, {"generic": "runs"}) == {"generic": "runs"}
+    pairs = {"avx512bf16": "runs", "avx512": better, "avx2": better, "generic": better}
+    assert on_this_machine(pairs, said) == pairs
+    assert on_this_machine(pairs, no_avx512) == no_avx512
+    forced = {name: "runs (forced)" if name == "avx512" else not_forced for name in said}
+    want = no_avx512 | {"avx2": not_forced, "generic": not_forced}
+    assert on_this_machine(forced, no_avx512) == want
