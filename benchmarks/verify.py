@@ -9,11 +9,12 @@ from benchmarks import peers
 from benchmarks.problem_sets import Problem, allowed
 
 # Largest error relative to the largest element of each tensor. These limits tell a wrong result
-# from a right one; the accuracy of each operator is tested against docs/tolerances.md.
+# from a right one; the accuracy of each operator is tested against docs/tolerances.md. At 16 bits a
+# peer that stores the scores in them is right: that was off by up to 1.8e-2 (bfloat16), 2.1e-3.
 LIMITS = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
-    torch.float16: 2e-2,
+    torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
 
