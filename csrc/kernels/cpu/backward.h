@@ -564,9 +564,12 @@ class BackwardKernel {
       if (drops) load_dropout_row(p, k.dropout_, b, h, i, first + begin, n, buffer.row);
       const Vec<T> delta = splat(k.delta_[row]);
       Vec<T> total{};
+      Vec<T> smallest{};
       for (std::int64_t j = 0; j < n; j += lanes) {
         const std::int64_t left = n - j;
-        Vec<T> weight = exp2<T>(load_up_to(w + j, left) - splat(shift)) * splat(norm);
+        const Vec<T> score = load_up_to(w + j, left);
+        smallest = at_most(score, smallest);
+        Vec<T> weight = exp2<T>(score - splat(shift)) * splat(norm);
         if (left < lanes) weight = first_lanes<T>(weight, left, Vec<T>{});
         Vec<T> grad = load_up_to(x + j, left);
         Vec<T> kept = weight;
@@ -579,6 +582,10 @@ class BackwardKernel {
         total += grad;
         store_up_to(w + j, kept, left);
         store_up_to(x + j, grad, left);
+      }
+      // Without a mask -inf is a score that overflowed: a NaN has the task repeated with care.
+      if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
+        w[0] = infinity<T>() - infinity<T>();
       }
       if (k.wants_mask_) add_mask_gradient(b, h, i, first + begin, n, x);
       fill_zero(weights + panels_begin, begin - panels_begin);

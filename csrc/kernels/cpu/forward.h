@@ -305,11 +305,20 @@ class ForwardKernel {
 
       const std::int64_t whole = n / lanes * lanes;
       Vec<T> largest = splat(-infinity<T>());
-      for (std::int64_t j = 0; j < whole; j += lanes) largest = at_least(load(s + j), largest);
+      Vec<T> smallest = splat(infinity<T>());
+      for (std::int64_t j = 0; j < whole; j += lanes) {
+        const Vec<T> score = load(s + j);
+        largest = at_least(score, largest);
+        smallest = at_most(score, smallest);
+      }
       if (whole < n) {
-        largest = at_least(
-            first_lanes<T>(load_first(s + whole, n - whole), n - whole, splat(-infinity<T>())),
-            largest);
+        const Vec<T> score = load_first(s + whole, n - whole);
+        largest = at_least(first_lanes<T>(score, n - whole, largest), largest);
+        smallest = at_most(first_lanes<T>(score, n - whole, smallest), smallest);
+      }
+      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
+      if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
+        buffer.total[r] = infinity<T>();
       }
       const T before = buffer.maximum[r];
       const T maximum = larger(before, max_lanes<T>(largest));

@@ -42,6 +42,33 @@ TSA_INLINE std::uint16_t narrow_float16(float value) {
 #endif
 }
 
+// Whole vectors of 16-bit numbers.
+TSA_INLINE VecF widen_bfloat16s(const std::uint16_t* from) {
+  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const auto bits = *reinterpret_cast<const Bits*>(from);
+  return (VecF)(__builtin_convertvector(bits, IntVec<float>) << 16);
+}
+TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  VecF v{};
+  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = widen_float16(from[lane]);
+  return v;
+#endif
+}
+TSA_INLINE void narrow_float16s(VecF v, std::uint16_t* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow_float16(v[lane]);
+#endif
+}
+
 template <DType dtype>
 struct Storage;
 template <>
@@ -74,7 +101,11 @@ inline void load_elements(const void* data, std::int64_t offset, std::int64_t st
                           std::int64_t n, T* to) {
   const auto* from = static_cast<const typename Storage<dtype>::type*>(data) + offset;
   if (stride == 1) {
-    for (std::int64_t d = 0; d < n; ++d) to[d] = static_cast<T>(Storage<dtype>::widen(from[d]));
+    std::int64_t d = 0;
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
+      for (; d + kLanes<T> <= n; d += kLanes<T>) store(to + d, widen_float16s(from + d));
+    }
+    for (; d < n; ++d) to[d] = static_cast<T>(Storage<dtype>::widen(from[d]));
   } else {
     for (std::int64_t d = 0; d < n; ++d) {
       to[d] = static_cast<T>(Storage<dtype>::widen(from[d * stride]));
@@ -88,30 +119,16 @@ inline void store_elements(void* data, std::int64_t offset, std::int64_t stride,
   auto* to = static_cast<Element*>(data) + offset;
   using Wide = decltype(Storage<dtype>::widen(Element{}));
   if (stride == 1) {
-    for (std::int64_t d = 0; d < n; ++d) to[d] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
+    std::int64_t d = 0;
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
+      for (; d + kLanes<T> <= n; d += kLanes<T>) narrow_float16s(load(from + d), to + d);
+    }
+    for (; d < n; ++d) to[d] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
   } else {
     for (std::int64_t d = 0; d < n; ++d) {
       to[d * stride] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
     }
   }
-}
-
-// A whole vector of 16-bit numbers.
-TSA_INLINE VecF widen_bfloat16s(const std::uint16_t* from) {
-  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-  const auto bits = *reinterpret_cast<const Bits*>(from);
-  return (VecF)(__builtin_convertvector(bits, IntVec<float>) << 16);
-}
-TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__F16C__)
-  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  VecF v{};
-  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = widen_float16(from[lane]);
-  return v;
-#endif
 }
 
 // to[d] = data[offset + d * stride], widened.
