@@ -294,3 +294,35 @@ def test_autocast_compiled() -> None:
         expected = f(q, k, v, w)
         out = torch.compile(f, backend="aot_eager", fullgraph=True)(q, k, v, w)
     torch.testing.assert_close(out, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attn_mask", 1), ("dropout_p", "0"), ("is_causal", "no"), ("scale", "1"),
+        ("enable_gqa", "no"), ("key_lengths", 1), ("key_starts", 1), ("window_left", "-1"),
+        ("window_right", None), ("query_offset", "0"), ("query_offsets", 1),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused_beside_defaults(score, name, value):
+    """A call that says nothing but this is not taken for a plain one."""
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises((RuntimeError, TypeError), match=name):
+        if score == "dot":
+            torch_selfattn.dot_product_attention(x, x, x, **{name: value})
+        else:
+            torch_selfattn.additive_attention(x, x, x, torch.randn(4), **{name: value})
+
+
+def test_a_plain_call_may_have_a_symbolic_offset():
+    """Nothing looks at it: no guard on its value, so no second compilation."""
+    x = torch.randn(1, 2, 3, 4)
+    compiled = torch.compile(
+        lambda x, offset: torch_selfattn.dot_product_attention(x, x, x, query_offset=offset),
+        backend="eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    want = torch_selfattn.dot_product_attention(x, x, x)
+    for offset in (5, 0, 1, -3):
+        with torch.compiler.set_stance("default" if offset == 5 else "fail_on_recompile"):
+            assert torch.equal(compiled(x, offset), want)
