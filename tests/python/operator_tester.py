@@ -284,8 +284,7 @@ class OperatorTester(ABC):
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts(self, problem, device, implementation, layout):
         """Inputs of any strides: each tensor argument in turn, and all together."""
-        given = self.arguments(problem, torch.float32, device)
-        skip_unless_supported(self, given, implementation)
+        given, dtype = supported_arguments(self, problem, device, implementation)
         tensors, join = self.split(given)
         for n in range(len(tensors) + 1):
             laid = [
@@ -294,7 +293,7 @@ class OperatorTester(ABC):
             if all(x is y for x, y in zip(laid, tensors, strict=True)):
                 continue
             with forced(implementation):
-                self.check(join(laid), torch.float32, implementation)
+                self.check(join(laid), dtype, implementation)
 
     test_layouts.problems = lambda tester: [
         p for p in tester.problems if p.name in ("float mask (2, 2, 4, 5)", "float mask")
@@ -302,8 +301,7 @@ class OperatorTester(ABC):
 
     def test_deterministic(self, problem, device, implementation):
         """The same bits in each run and for each number of threads."""
-        arguments = self.arguments(problem, torch.float32, device)
-        skip_unless_supported(self, arguments, implementation)
+        arguments, _ = supported_arguments(self, problem, device, implementation)
         threads = torch.get_num_threads()
         try:
             with forced(implementation):
@@ -404,11 +402,35 @@ def is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
-def skip_unless_supported(tester: OperatorTester, arguments: Arguments, name: str) -> None:
-    """Skips with the implementation's own reason. Each problem has one that supports it:
-    test_implementations.py."""
+def why_not_supported(tester: OperatorTester, arguments: Arguments, name: str) -> str:
+    """The implementation's own reason, or nothing."""
     try:
         with forced(name), torch.no_grad():
             tester.call(arguments)
     except NotImplementedError as e:
-        pytest.skip(str(e).splitlines()[0])
+        return str(e).splitlines()[0]
+    return ""
+
+
+def skip_unless_supported(tester: OperatorTester, arguments: Arguments, name: str) -> None:
+    """Skips with the reason. Each problem has an implementation that supports it:
+    test_implementations.py."""
+    if reason := why_not_supported(tester, arguments, name):
+        pytest.skip(reason)
+
+
+def supported_arguments(
+    tester: OperatorTester,
+    problem: Problem,
+    device: str,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    **extra: Any,
+) -> tuple[Arguments, torch.dtype]:
+    """In the dtype, or in bfloat16 for an implementation that is for nothing else."""
+    for candidate in (dtype, torch.bfloat16):
+        arguments = tester.arguments(problem, candidate, device) | extra
+        reason = why_not_supported(tester, arguments, name)
+        if not reason:
+            return arguments, candidate
+    pytest.skip(reason)
