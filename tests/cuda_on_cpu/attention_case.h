@@ -38,6 +38,7 @@ struct Case {
   bool mask_broadcast[4] = {true, true, false, false};
   bool float32_mask = false;
   bool lengths = false, starts = false, offsets = false;
+  bool slopes = false, slopes_per_batch = false, float32_slopes = false;
   std::int64_t window_left = -1, window_right = -1, query_offset = 0;
   double dropout_p = 0.0;
   bool grad_lse = false;
@@ -164,6 +165,9 @@ inline void run_case(const Case& c) {
   for (int d = 0; d < 4; ++d) mask_size[d] = c.mask_broadcast[d] ? 1 : full[d];
   const DType mask_dtype = c.float32_mask ? DType::kFloat32 : c.dtype;
   Tensor mask(mask_dtype, mask_size);
+  const DType slopes_dtype = c.float32_slopes ? DType::kFloat32 : c.dtype;
+  const std::int64_t slopes_size[4] = {c.slopes_per_batch ? B : 1, H, 1, 1};
+  Tensor slopes(slopes_dtype, slopes_size);
   std::vector<char> bool_mask(static_cast<std::size_t>(mask.count()));
   query.fill_normal(c.magnitude);
   key.fill_normal(c.magnitude);
@@ -176,6 +180,7 @@ inline void run_case(const Case& c) {
     bool_mask[static_cast<std::size_t>(n)] = testing::random() % 4 != 0 ? 1 : 0;
     if (testing::random() % 4 == 0) reference::store(mask_dtype, mask.host.data(), n, -inf);
   }
+  if (c.slopes) slopes.fill_normal(0.1);
   std::vector<std::int64_t> lengths(static_cast<std::size_t>(B));
   std::vector<std::int64_t> starts(static_cast<std::size_t>(B));
   std::vector<std::int64_t> offsets(static_cast<std::size_t>(B));
@@ -231,7 +236,7 @@ inline void run_case(const Case& c) {
       break;
   }
 
-  Tensor* const inputs[] = {&query, &key, &value, &grad_out, &grad_lse, &weight, &mask};
+  Tensor* const inputs[] = {&query, &key, &value, &grad_out, &grad_lse, &weight, &mask, &slopes};
   for (Tensor* tensor : inputs) tensor->upload();
   const testing::DeviceArray<char> device_bool_mask(bool_mask);
   const testing::DeviceArray<std::int64_t> device_lengths(lengths);
@@ -275,6 +280,14 @@ inline void run_case(const Case& c) {
         if (mask_size[d] == 1) p.mask.stride[d] = 0;
       }
     }
+    if (c.slopes) {
+      p.slopes = slopes.view(on_device).data;
+      p.slopes_dtype = slopes_dtype;
+      p.slopes_size[0] = slopes_size[0];
+      p.slopes_size[1] = H;
+      p.slopes_stride[0] = c.slopes_per_batch ? H : 0;
+      p.slopes_stride[1] = 1;
+    }
     if (c.lengths) p.key_lengths = on_device ? device_lengths.data() : lengths.data();
     if (c.starts) p.key_starts = on_device ? device_starts.data() : starts.data();
     if (c.offsets) p.query_offsets = on_device ? device_offsets.data() : offsets.data();
@@ -296,9 +309,11 @@ inline void run_case(const Case& c) {
   Result grad_value("grad_value", c.dtype, {B, Hk, Lk, Ev});
   Result grad_weight("grad_weight", c.dtype, {weight.size[0], weight.size[1], 1, E});
   Result grad_mask("grad_mask", mask_dtype, mask_size);
+  Result grad_slopes("grad_slopes", slopes_dtype, slopes_size);
   std::vector<Result*> results = {&out, &lse, &grad_query, &grad_key, &grad_value};
   if (c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
   if (c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
+  if (c.slopes) results.push_back(&grad_slopes);
 
   const auto forward_call = [&](bool on_device) {
     return AttentionForward{problem(on_device), out.view(on_device), lse.data(on_device)};
@@ -317,6 +332,7 @@ inline void run_case(const Case& c) {
     call.grad_value = grad_value.view(on_device);
     if (c.score == ScoreKind::kAdditive) call.grad_weight = grad_weight.data(on_device);
     if (c.mask == MaskKind::kFloat) call.grad_mask = grad_mask.data(on_device);
+    if (c.slopes) call.grad_slopes = grad_slopes.data(on_device);
     return call;
   };
   reference::forward(forward_call(false), Parallel());

@@ -9,7 +9,7 @@
 //
 //   score(i, j)  = scale * sum_d q[i, d] k[j, d]                     (dot product)
 //                = scale * sum_d w[d] tanh(q[i, d] + k[j, d])         (additive)
-//   s(i, j)      = score(i, j) + bias(i, j)       where the pair (i, j) is allowed
+//   s(i, j)      = score(i, j) + bias(i, j) - slope |position(i) - j|    where (i, j) is allowed
 //   lse(i)       = log sum_j exp(s(i, j)), p(i, j) = exp(s(i, j) - lse(i))
 //   out(i)       = sum_j p(i, j) * dropout(i, j) * v[j]
 //
@@ -60,6 +60,12 @@ struct AttentionProblem {
   ConstView mask;
   std::int64_t mask_size[4] = {1, 1, 1, 1};
 
+  // ALiBi: (B or 1, H or 1), strides 0 where broadcast; null: none.
+  const void* slopes = nullptr;
+  DType slopes_dtype = DType::kFloat32;  // the problem's dtype or float32
+  std::int64_t slopes_size[2] = {1, 1};
+  std::int64_t slopes_stride[2] = {0, 0};
+
   const std::int64_t* key_lengths = nullptr;    // (B) or null: keys j < key_lengths[b]
   const std::int64_t* key_starts = nullptr;     // (B) or null: keys j >= key_starts[b]
   const std::int64_t* query_offsets = nullptr;  // (B) or null: added to query_offset
@@ -94,6 +100,7 @@ struct AttentionBackward {
   View grad_value;                 // (B, Hk, Lk, Ev)
   void* grad_weight = nullptr;     // contiguous (weight_size[0], weight_size[1], E), problem dtype
   void* grad_mask = nullptr;       // contiguous mask_size, mask dtype; null: not wanted
+  void* grad_slopes = nullptr;     // contiguous slopes_size, slopes dtype; null: not wanted
 };
 
 struct KeyRange {
@@ -101,14 +108,19 @@ struct KeyRange {
   std::int64_t end;  // end <= begin: no key
 };
 
+// Where query i of sample b stands on the axis of the keys.
+TSA_HOST_DEVICE std::int64_t query_position(const AttentionProblem& p, std::int64_t b,
+                                            std::int64_t i) {
+  return i + p.query_offset + (p.query_offsets != nullptr ? p.query_offsets[b] : 0);
+}
+
 // Keys that query i of sample b may attend to, before the mask tensor is looked at.
 TSA_HOST_DEVICE KeyRange key_range(const AttentionProblem& p, std::int64_t b, std::int64_t i) {
   std::int64_t begin = 0;
   std::int64_t end = p.key_length;
   if (p.key_starts != nullptr && p.key_starts[b] > begin) begin = p.key_starts[b];
   if (p.key_lengths != nullptr && p.key_lengths[b] < end) end = p.key_lengths[b];
-  const std::int64_t position =
-      i + p.query_offset + (p.query_offsets != nullptr ? p.query_offsets[b] : 0);
+  const std::int64_t position = query_position(p, b, i);
   if (p.window_left >= 0 && position - p.window_left > begin) begin = position - p.window_left;
   if (p.window_right >= 0 && position + p.window_right + 1 < end) {
     end = position + p.window_right + 1;

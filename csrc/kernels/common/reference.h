@@ -20,7 +20,7 @@
 // Backward recomputes the softmax in double and uses neither the saved output nor the saved lse:
 //   dP_ij = sum_d dO_id v_jd,  delta_i = sum_j p_ij f_ij dP_ij
 //   g_ij = p_ij (f_ij dP_ij - delta_i + grad_lse_i)     gradient of s_ij; f = dropout factor
-//   dv_j = sum_i p_ij f_ij dO_i,  dmask_ij = g_ij
+//   dv_j = sum_i p_ij f_ij dO_i,  dmask_ij = g_ij,  dslope = -sum_ij g_ij |position(i) - j|
 //   dq_i = scale sum_j g_ij k_j,  dk_j = scale sum_i g_ij q_i                       (dot product)
 //   dq_id = scale sum_j g_ij w_d (1 - t^2), dk alike, dw_d = scale sum_ij g_ij t      (additive)
 namespace torch_selfattn::kernels::reference {
@@ -66,6 +66,11 @@ inline std::int64_t contiguous_mask_index(const AttentionProblem& p, std::int64_
   return result;
 }
 
+// |position(i) - j|, what ALiBi multiplies the slope by.
+inline double distance(const AttentionProblem& p, std::int64_t b, std::int64_t i, std::int64_t j) {
+  return std::abs(static_cast<double>(query_position(p, b, i) - j));
+}
+
 // The softmax of one row: what query i of head h gives each key.
 struct Row {
   std::vector<char> allowed;
@@ -82,6 +87,11 @@ struct Row {
     std::fill(allowed.begin(), allowed.end(), char{0});
     std::fill(weight.begin(), weight.end(), 0.0);
     lse = -std::numeric_limits<double>::infinity();
+
+    const double slope =
+        p.slopes == nullptr
+            ? 0.0
+            : load(p.slopes_dtype, p.slopes, b * p.slopes_stride[0] + h * p.slopes_stride[1]);
 
     const KeyRange range = key_range(p, b, i);
     bool is_nan = false;
@@ -108,6 +118,7 @@ struct Row {
       }
       const double limit = max_score(p);
       score = std::clamp(p.scale * score, -limit, limit);  // a NaN stays one
+      if (p.slopes != nullptr) bias -= slope * distance(p, b, i, j);
       score = std::clamp(score + bias, -limit, limit);
       is_nan = is_nan || std::isnan(score);
       maximum = std::max(maximum, score);
@@ -177,7 +188,7 @@ inline void forward(const AttentionForward& call, const Parallel& /*parallel*/) 
 // The gradients of one backward call, contiguous and in double.
 struct Gradients {
   const AttentionProblem& problem;
-  std::vector<double> query, key, value, weight, mask;
+  std::vector<double> query, key, value, weight, mask, slopes;
 
   explicit Gradients(const AttentionProblem& p)
       : problem(p),
@@ -185,7 +196,8 @@ struct Gradients {
         key(size(p.batch * p.kv_heads * p.key_length * p.head_dim)),
         value(size(p.batch * p.kv_heads * p.key_length * p.value_dim)),
         weight(size(p.weight_size[0] * p.weight_size[1] * p.head_dim)),
-        mask(size(p.mask_size[0] * p.mask_size[1] * p.mask_size[2] * p.mask_size[3])) {}
+        mask(size(p.mask_size[0] * p.mask_size[1] * p.mask_size[2] * p.mask_size[3])),
+        slopes(size(p.slopes_size[0] * p.slopes_size[1])) {}
 
   double* query_row(std::int64_t b, std::int64_t h, std::int64_t i) {
     return query.data() + ((b * problem.heads + h) * problem.query_length + i) * problem.head_dim;
@@ -202,6 +214,10 @@ struct Gradients {
                             (problem.weight_size[1] > 1 ? h : 0)) *
                                problem.head_dim;
   }
+  double& slope(std::int64_t b, std::int64_t h) {
+    return slopes[size((problem.slopes_size[0] > 1 ? b * problem.slopes_size[1] : 0) +
+                       (problem.slopes_size[1] > 1 ? h : 0))];
+  }
 
   void write(const AttentionBackward& call) const {
     write_view(call.grad_query, query, problem.heads, problem.query_length, problem.head_dim);
@@ -209,6 +225,9 @@ struct Gradients {
     write_view(call.grad_value, value, problem.kv_heads, problem.key_length, problem.value_dim);
     if (call.grad_weight != nullptr) write_contiguous(problem.dtype, call.grad_weight, weight);
     if (call.grad_mask != nullptr) write_contiguous(problem.mask_dtype, call.grad_mask, mask);
+    if (call.grad_slopes != nullptr) {
+      write_contiguous(problem.slopes_dtype, call.grad_slopes, slopes);
+    }
   }
 
   static std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
@@ -287,6 +306,7 @@ inline void backward(const AttentionBackward& call, const Parallel& /*parallel*/
           if (p.mask_kind == MaskKind::kFloat) {
             gradients.mask[static_cast<std::size_t>(contiguous_mask_index(p, b, h, i, j))] += g;
           }
+          if (p.slopes != nullptr) gradients.slope(b, h) -= g * distance(p, b, i, j);
           const std::int64_t k = offset(p.key.stride, b, hk, j);
           double* const dk = gradients.key_row(b, hk, j);
           for (std::int64_t d = 0; d < p.head_dim; ++d) {

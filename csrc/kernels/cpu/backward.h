@@ -69,6 +69,7 @@ class BackwardKernel {
     }
     if (call_.grad_weight != nullptr) reduce_grad_weight();
     if (call_.grad_mask != nullptr) reduce_grad_mask();
+    if (call_.grad_slopes != nullptr) reduce_grad_slopes();
   }
 
  private:
@@ -140,6 +141,9 @@ class BackwardKernel {
     if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
     if (Gradient::kHasWeight) {
       weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
+    }
+    if (call_.grad_slopes != nullptr) {
+      slope_sums_ = carver.take<double>(p_.batch * p_.heads * groups_);
     }
     if (wants_mask_) {
       mask_ = static_cast<T*>(call_.grad_mask);
@@ -244,10 +248,12 @@ class BackwardKernel {
   // place in the softmax, p = 2^(score - maximum) norm.
   void exact_statistics(std::int64_t b, std::int64_t h, std::int64_t i, T& maximum, T& norm) const {
     const KeyRange range = key_range(p_, b, i);
+    const Alibi<T> alibi(p_, b, h);
     maximum = -infinity<T>();
     T total = 0;
     for (std::int64_t j = range.begin; j < range.end; ++j) {
       T score = static_cast<T>(exact_score<T>(p_, b, h, i, j));
+      if (alibi.active) alibi.add(i, j, 1, Zeros::kSkip, &score);
       if (p_.mask_kind != MaskKind::kNone) {
         T bias = 0;
         load_mask_row(p_, b, h, i, j, 1, &bias);
@@ -304,6 +310,7 @@ class BackwardKernel {
     const BackwardKernel& k;
     Buffers buffer;
     std::int64_t batch_set, head_set, group;
+    Alibi<T> alibi{};  // of the head at work
 
     // The batches or key heads of a set: [begin, end).
     static KeyRange members(std::int64_t set, std::int64_t sets, std::int64_t n) {
@@ -349,6 +356,7 @@ class BackwardKernel {
           double* const sums = weight_sums(b, h);
           for (std::int64_t d = 0; d < k.weight_size(); ++d) sums[d] = 0.0;
         }
+        if (k.slope_sums_ != nullptr) slope_sum(b, h) = 0.0;
       }
       Vec<T> check{};
       Gradient gradient(p, buffer.constants, buffer.spare, buffer.gradient);
@@ -361,6 +369,7 @@ class BackwardKernel {
         fill_zero(buffer.grad_value, keys * k.value_width_);
         for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
           gradient.set_head(b, h);
+          alibi = Alibi<T>(p, b, h);
           if (h == hk * per_head || Gradient::Score::kKeysPerQueryHead) {
             gradient.load_keys(b, hk, first, keys, buffer.key_panels, buffer.bounds);
           }
@@ -411,6 +420,9 @@ class BackwardKernel {
 
     double* weight_sums(std::int64_t b, std::int64_t h) const {
       return k.weight_sums_ + ((b * k.p_.heads + h) * k.groups_ + group) * k.weight_size();
+    }
+    double& slope_sum(std::int64_t b, std::int64_t h) const {
+      return k.slope_sums_[(b * k.p_.heads + h) * k.groups_ + group];
     }
     void load_factors(const Gradient& gradient) const {
       for (std::int64_t d = 0; d < k.query_width_; ++d) {
@@ -556,6 +568,7 @@ class BackwardKernel {
       } else if (zeros == Zeros::kSkip) {
         repair_scores(p, b, h, i, first + begin, n, w);
       }
+      if (alibi.active) alibi.add(i, first + begin, n, zeros, w);
       if (p.mask_kind != MaskKind::kNone) {
         load_mask_row(p, b, h, i, first + begin, n, buffer.row);
         add_bias(buffer.row, n, w);
@@ -588,6 +601,9 @@ class BackwardKernel {
         w[0] = infinity<T>() - infinity<T>();
       }
       if (k.wants_mask_) add_mask_gradient(b, h, i, first + begin, n, x);
+      if (k.slope_sums_ != nullptr) {
+        slope_sum(b, h) -= alibi.sum_distances(i, first + begin, n, x);
+      }
       fill_zero(weights + panels_begin, begin - panels_begin);
       fill_zero(grads + panels_begin, begin - panels_begin);
       fill_zero(weights + tile.end[r], panels_end - tile.end[r]);
@@ -657,23 +673,34 @@ class BackwardKernel {
   }
 
   void reduce_grad_weight() const {
-    for (std::int64_t wb = 0; wb < p_.weight_size[0]; ++wb) {
-      for (std::int64_t wh = 0; wh < p_.weight_size[1]; ++wh) {
-        for (std::int64_t d = 0; d < p_.head_dim; ++d) {
-          double sum = 0.0;
-          for (std::int64_t b = 0; b < p_.batch; ++b) {
-            if (p_.weight_size[0] > 1 && b != wb) continue;
-            for (std::int64_t h = 0; h < p_.heads; ++h) {
-              if (p_.weight_size[1] > 1 && h != wh) continue;
-              for (std::int64_t group = 0; group < groups_; ++group) {
-                sum += weight_sums_[((b * p_.heads + h) * groups_ + group) * weight_size() + d];
-              }
+    for (std::int64_t d = 0; d < p_.head_dim; ++d) {
+      reduce_per_head(weight_sums_ + d, weight_size(), p_.weight_size, p_.dtype, call_.grad_weight,
+                      d, p_.head_dim);
+    }
+  }
+  void reduce_grad_slopes() const {
+    reduce_per_head(slope_sums_, 1, p_.slopes_size, p_.slopes_dtype, call_.grad_slopes, 0, 1);
+  }
+
+  // A gradient of (B or 1, H or 1) numbers, element n of which lies at offset + n stride, from the
+  // groups' parts sums[b][h][group], `step` apart.
+  void reduce_per_head(const double* sums, std::int64_t step, const std::int64_t (&size)[2],
+                       DType dtype, void* gradient, std::int64_t offset,
+                       std::int64_t stride) const {
+    for (std::int64_t gb = 0; gb < size[0]; ++gb) {
+      for (std::int64_t gh = 0; gh < size[1]; ++gh) {
+        double sum = 0.0;
+        for (std::int64_t b = 0; b < p_.batch; ++b) {
+          if (size[0] > 1 && b != gb) continue;
+          for (std::int64_t h = 0; h < p_.heads; ++h) {
+            if (size[1] > 1 && h != gh) continue;
+            for (std::int64_t group = 0; group < groups_; ++group) {
+              sum += sums[((b * p_.heads + h) * groups_ + group) * step];
             }
           }
-          const T value = static_cast<T>(sum);
-          store_row(p_.dtype, call_.grad_weight, (wb * p_.weight_size[1] + wh) * p_.head_dim + d, 1,
-                    1, &value);
         }
+        const T value = static_cast<T>(sum);
+        store_row(dtype, gradient, offset + (gb * size[1] + gh) * stride, 1, 1, &value);
       }
     }
   }
@@ -721,6 +748,7 @@ class BackwardKernel {
   T* grad_out_along_ = nullptr;    // [b][h][i][value_words_], if kPacksTwice
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
+  double* slope_sums_ = nullptr;   // [b][h][group]; null: not wanted
   T* mask_ = nullptr;              // [part][mask elements]
   char* base_ = nullptr;
   std::int64_t threads_ = 0, thread_bytes_ = 0;

@@ -12,9 +12,9 @@
 //
 // A task owns a block of up to 64 queries of one head (and a share of the keys, where there are few
 // tasks). It walks over blocks of keys: scores of the block by the score's tile (panels of packed
-// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2), mask, softmax
-// with running maximum, product with the values by the same register tile. Panels and inner loops
-// are clipped to the keys that a group of rows may see.
+// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2), ALiBi, mask,
+// softmax with running maximum, product with the values by the same register tile. Panels and inner
+// loops are clipped to the keys that a group of rows may see.
 // Keys are packed once per head and shared if several tasks read them, else by the task itself.
 // Tasks that share a row block merge in a fixed order, so the result does not depend on threads.
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
@@ -196,6 +196,7 @@ class ForwardKernel {
     const ForwardKernel& k;
     int thread;
     std::int64_t b, h, i0, split;
+    Alibi<T> alibi{k.p_, b, h};
 
     void run() {
       const AttentionProblem& p = k.p_;
@@ -298,6 +299,7 @@ class ForwardKernel {
       const std::int64_t n = tile.end[r] - begin;
       T* const s = row + begin;
       if (zeros == Zeros::kSkip) repair_scores(p, b, h, i0 + r, block.first + begin, n, s);
+      if (alibi.active) alibi.add(i0 + r, block.first + begin, n, zeros, s);
       if (p.mask_kind != MaskKind::kNone) {
         load_mask_row(p, b, h, i0 + r, block.first + begin, n, buffer.row);
         add_bias(buffer.row, n, s);

@@ -4,10 +4,11 @@
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/philox.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/rows.h"
 
-// What forward and backward share about a tile of scores: which keys each row sees, the mask as a
-// bias, dropout factors.
+// What forward and backward share about a tile of scores: which keys each row sees, ALiBi, the mask
+// as a bias, dropout factors.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 constexpr int kMaxBlockRows = 128;
@@ -66,6 +67,54 @@ struct TileRanges {
   }
   bool row_is_empty(std::int64_t r) const { return begin[r] >= end[r]; }
   bool group_is_empty(std::int64_t g) const { return group_begin[g] >= group_end[g]; }
+};
+
+// ALiBi of one head: the score of a query at position t and key j gets -slope |t - j|.
+template <typename T>
+struct Alibi {
+  bool active = false;
+  T slope = 0;  // times log2 e
+  std::int64_t first_position = 0;
+
+  Alibi() = default;
+  Alibi(const AttentionProblem& p, std::int64_t b, std::int64_t h) {
+    if (p.slopes == nullptr) return;
+    active = true;
+    slope = Math<T>::log2e * load_element<T>(p.slopes_dtype, p.slopes,
+                                             b * p.slopes_stride[0] + h * p.slopes_stride[1]);
+    first_position = query_position(p, b, 0);
+  }
+
+  // f(j, left, |t - (key + j)|) for each vector of the keys [key, key + n) of query i.
+  template <typename F>
+  TSA_INLINE void for_each_vector(std::int64_t i, std::int64_t key, std::int64_t n,
+                                  const F& f) const {
+    const Vec<T> ahead = splat(static_cast<T>(first_position + i - key));
+    Vec<T> index = lane_numbers<T>();
+    for (std::int64_t j = 0; j < n; j += kLanes<T>, index += splat(T(kLanes<T>))) {
+      f(j, n - j, absolute(ahead - index));
+    }
+  }
+
+  // Scores in units of log2 of those keys. With Zeros::kSkip, the careful pass, they stay finite as
+  // in add_bias; without, what overflows shows, and has that pass run.
+  void add(std::int64_t i, std::int64_t key, std::int64_t n, Zeros zeros, T* scores) const {
+    constexpr T largest = Math<T>::max_score;
+    const T limit = zeros == Zeros::kSkip ? largest : infinity<T>();
+    for_each_vector(i, key, n, [&](std::int64_t j, std::int64_t left, Vec<T> distance) {
+      const Vec<T> s = fnma(splat(slope), distance, load_up_to(scores + j, left));
+      store_up_to(scores + j, at_least(splat(-limit), at_most(splat(limit), s)), left);
+    });
+  }
+
+  // sum_j x_j |t - j|
+  T sum_distances(std::int64_t i, std::int64_t key, std::int64_t n, const T* x) const {
+    Vec<T> sum{};
+    for_each_vector(i, key, n, [&](std::int64_t j, std::int64_t left, Vec<T> distance) {
+      sum = fma(load_up_to(x + j, left), distance, sum);
+    });
+    return sum_lanes<T>(sum);
+  }
 };
 
 // bias[n] = mask of keys [key, key + n) in units of log2: 0 or -inf for a boolean mask. A finite

@@ -16,8 +16,8 @@ const char* attention_not_supported(const AttentionProblem& problem);
 // One launch.
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
 
-// Two launches, three with an additive score. `workspace`: device memory of that many bytes,
-// aligned to 16, used until the launches have run.
+// Two launches, and one for the gradient of each of weight and slopes. `workspace`: device memory
+// of that many bytes, aligned to 16, used until the launches have run.
 std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
 

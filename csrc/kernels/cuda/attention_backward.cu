@@ -31,22 +31,44 @@ cudaError_t attention_backward(const AttentionBackward& call, void* workspace,
     using Score = typename decltype(instance)::Policy;
     using Acc = Accumulator<T>;
     using Shape = Tile<Acc>;
-    const auto run = [&](auto kernel, std::int64_t blocks, std::size_t shared_bytes) {
+    const auto run = [&](auto kernel, std::int64_t blocks, std::size_t shared_bytes,
+                         const auto&... arguments) {
       if (blocks == 0) return cudaSuccess;
       if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
       return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes,
-                    stream, call, workspace);
+                    stream, arguments...);
     };
-    const std::int64_t tiles = (p.query_length + Shape::kTokens - 1) / Shape::kTokens;
-    cudaError_t error =
-        run(attention_statistics_kernel<T, Score>, p.batch * p.heads * tiles, Shape::kSharedBytes);
+    const std::int64_t tiles = Workspace<Acc>::query_tiles(p);
+    cudaError_t error = run(attention_statistics_kernel<T, Score>, p.batch * p.heads * tiles,
+                            Shape::kSharedBytes, call, workspace);
     if (error != cudaSuccess) return error;
     const auto blocks = GradientBlock::count<Acc>(call);
-    error = run(attention_backward_kernel<T, Score>, blocks.total(), Shape::kSharedBytes);
-    if (error != cudaSuccess || call.grad_weight == nullptr) return error;
-    return run(attention_weight_gradient_kernel<T>,
-               p.weight_size[0] * p.weight_size[1] * ((p.head_dim + 31) / 32),
-               kThreads * sizeof(Acc));
+    error = run(attention_backward_kernel<T, Score>, blocks.total(), Shape::kSharedBytes, call,
+                workspace);
+    if (error != cudaSuccess) return error;
+
+    const auto parts = Workspace<Acc>::of(p, workspace);
+    const auto sum_parts = [&]<typename Out>(Out* gradient, const PartialSums<Acc>& sums) {
+      return run(attention_sum_parts_kernel<Acc, Out>,
+                 sums.size[0] * sums.size[1] * sums.column_blocks(), kThreads * sizeof(Acc), sums,
+                 gradient);
+    };
+    if (call.grad_weight != nullptr) {
+      error = sum_parts(static_cast<T*>(call.grad_weight), {parts.weight_parts,
+                                                            p.batch,
+                                                            p.heads,
+                                                            tiles,
+                                                            p.head_dim,
+                                                            {p.weight_size[0], p.weight_size[1]},
+                                                            static_cast<Acc>(p.scale),
+                                                            32});
+    }
+    if (error != cudaSuccess || call.grad_slopes == nullptr) return error;
+    const PartialSums<Acc> slope_sums{
+        parts.slope_parts, p.batch, p.heads, tiles, 1, {p.slopes_size[0], p.slopes_size[1]},
+        Acc(-1),           1};
+    if (p.slopes_dtype == p.dtype) return sum_parts(static_cast<T*>(call.grad_slopes), slope_sums);
+    return sum_parts(static_cast<float*>(call.grad_slopes), slope_sums);
   });
 }
 

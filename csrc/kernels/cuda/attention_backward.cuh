@@ -10,34 +10,42 @@
 //        keys     own a tile of keys of one (batch, kv head): loop over the group's heads and over
 //                 queries; two more products, dv += (p f)^T dO and dk += g^T q
 //        queries  own a tile of queries of one (batch, head): loop over keys; dq += g k, and
-//                 their part of the additive weight's gradient, to the workspace
+//                 their parts of the gradients of the additive weight and of the ALiBi slope, to
+//                 the workspace
 //        mask     own a tile of grad_mask: loop over everything that was broadcast
-//   3. additive only: sums the parts of the weight's gradient, in order
+//   3. for each of weight and slopes: sums the parts, in order
 // Traffic: every tile pair reads its operands from L2; g and p never leave the chip. Bound: FMA,
 // 7 products of 2 Lq Lk E FLOP; with a mask gradient 9.
 namespace torch_selfattn::kernels::cuda {
 
-// What launch 1 leaves in the workspace for each row (b, h, i), and the weight gradient's parts.
+// What launch 1 leaves in the workspace for each row (b, h, i), and the parts of gradients that
+// launch 2 leaves for launch 3.
 template <typename Acc>
 struct Workspace {
   Acc* maximum;
   Acc* inverse_sum;
   Acc* delta;         // sum_d dO O - grad_lse
   Acc* weight_parts;  // (B, H, query tiles, E), additive only
+  Acc* slope_parts;   // (B, H, query tiles), with ALiBi slopes only
 
+  static __host__ __device__ std::int64_t query_tiles(const AttentionProblem& p) {
+    return (p.query_length + Tile<Acc>::kTokens - 1) / Tile<Acc>::kTokens;
+  }
   static __host__ __device__ std::int64_t weight_part_count(const AttentionProblem& p) {
     if (p.score != ScoreKind::kAdditive) return 0;
-    const std::int64_t tiles = (p.query_length + Tile<Acc>::kTokens - 1) / Tile<Acc>::kTokens;
-    return p.batch * p.heads * tiles * p.head_dim;
+    return p.batch * p.heads * query_tiles(p) * p.head_dim;
   }
   static __host__ __device__ std::int64_t bytes(const AttentionProblem& p) {
     const std::int64_t rows = p.batch * p.heads * p.query_length;
-    return (3 * rows + weight_part_count(p)) * static_cast<std::int64_t>(sizeof(Acc));
+    const std::int64_t slope_parts = p.slopes != nullptr ? p.batch * p.heads * query_tiles(p) : 0;
+    return (3 * rows + weight_part_count(p) + slope_parts) * static_cast<std::int64_t>(sizeof(Acc));
   }
   static __host__ __device__ Workspace of(const AttentionProblem& p, void* memory) {
     const std::int64_t rows = p.batch * p.heads * p.query_length;
     Acc* const start = static_cast<Acc*>(memory);
-    return {start, start + rows, start + 2 * rows, start + 3 * rows};
+    Acc* const weight_parts = start + 3 * rows;
+    return {start, start + rows, start + 2 * rows, weight_parts,
+            weight_parts + weight_part_count(p)};
   }
 };
 
@@ -163,13 +171,20 @@ struct GradientBlock {
     return slices<Acc>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
   }
 
+  // Slice 0 has the slope's gradient, without any features as well.
+  template <typename Acc>
+  static __host__ __device__ std::int64_t query_slices(const AttentionBackward& call) {
+    const std::int64_t head_dim = call.problem.head_dim;
+    return slices<Acc>(head_dim == 0 && call.grad_slopes != nullptr ? 1 : head_dim);
+  }
+
   template <typename Acc>
   static __host__ __device__ Count count(const AttentionBackward& call) {
     const AttentionProblem& p = call.problem;
     const std::int64_t mask_tiles =
         p.mask_size[0] * p.mask_size[1] * tiles<Acc>(p.mask_size[2]) * tiles<Acc>(p.mask_size[3]);
     return {p.batch * p.kv_heads * tiles<Acc>(p.key_length) * key_slices<Acc>(p),
-            p.batch * p.heads * tiles<Acc>(p.query_length) * slices<Acc>(p.head_dim),
+            p.batch * p.heads * tiles<Acc>(p.query_length) * query_slices<Acc>(call),
             call.grad_mask != nullptr ? mask_tiles : 0};
   }
 
@@ -196,7 +211,7 @@ struct GradientBlock {
       block.queries = {0, p.query_length};
     } else if ((index -= blocks.keys) < blocks.queries) {
       block.owner = Owner::kQueries;
-      block.dim = next(slices<Acc>(p.head_dim)) * Shape::kWidth;
+      block.dim = next(query_slices<Acc>(call)) * Shape::kWidth;
       block.queries = one(next(tiles<Acc>(p.query_length)) * Shape::kTokens);
       block.heads = one(next(p.heads));
       block.batches = one(index);
@@ -343,11 +358,14 @@ __global__ void __launch_bounds__(kThreads)
   const auto dropout = DropoutFactors<Acc>::of(p);
   const Thread me = Thread::me();
   const bool owns_keys = block.owner == Owner::kKeys;
+  const bool wants_slope =
+      block.owner == Owner::kQueries && block.dim == 0 && call.grad_slopes != nullptr;
 
   Acc grad_token[R][2 * R] = {};  // dk or dq
   Acc grad_value[R][2 * R] = {};  // of a block of keys
   Acc grad_weight[2 * R] = {};    // of a block of queries
   Acc grad_mask[R][R] = {};       // of a block of the mask
+  Acc grad_slope = 0;             // of a block of queries, without the sign
   for (std::int64_t batch = block.batches.begin; batch < block.batches.end; ++batch) {
     for (std::int64_t head = block.heads.begin; head < block.heads.end; ++head) {
       const std::int64_t kv_head = head / p.group_size();
@@ -370,6 +388,14 @@ __global__ void __launch_bounds__(kThreads)
               for (int c = 0; c < R; ++c) grad_mask[r][c] += tile.gradient[r][c];
             }
             continue;
+          }
+          if (wants_slope) {
+            const auto distances = Distances<Acc>::of(p, batch, Pairs::of<Acc>(query, key));
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+#pragma unroll
+              for (int c = 0; c < R; ++c) grad_slope += tile.gradient[r][c] * distances.at(r, c);
+            }
           }
           if (owns_keys && block.dim < p.value_dim) {
             const Side<T> grad_out{Tokens<T>::of(call.grad_out, batch, head), query, 0,
@@ -412,6 +438,23 @@ __global__ void __launch_bounds__(kThreads)
                        [&](int r, int e, std::int64_t i, std::int64_t d) {
                          store<T>(call.grad_query, batch, head, i, d, scale * grad_token[r][e]);
                        });
+  const std::int64_t part = (batch * p.heads + head) * Workspace<Acc>::query_tiles(p) +
+                            block.queries.begin / Shape::kTokens;
+  if (wants_slope) {  // the block's part: sum over the warps, then over their lanes' sums
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      grad_slope += __shfl_xor_sync(~0u, grad_slope, lanes);
+    }
+    __syncthreads();
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread % 32 == 0) shared.tile[thread / 32] = grad_slope;
+    __syncthreads();
+    if (thread == 0) {
+      Acc sum = 0;
+      for (int warp = 0; warp < kThreads / 32; ++warp) sum += shared.tile[warp];
+      workspace.slope_parts[part] = sum;
+    }
+  }
   if constexpr (Score::kHasWeight) {  // the block's part: sum over the 16 thread rows, in order
     __syncthreads();
 #pragma unroll
@@ -423,49 +466,57 @@ __global__ void __launch_bounds__(kThreads)
     if (column < Shape::kWidth && block.dim + column < p.head_dim) {
       Acc sum = 0;
       for (int row = 0; row < 16; ++row) sum += shared.tile[row * Shape::kWidth + column];
-      const std::int64_t part =
-          (batch * p.heads + head) * GradientBlock::tiles<Acc>(p.query_length) +
-          block.queries.begin / Shape::kTokens;
       workspace.weight_parts[part * p.head_dim + block.dim + column] = sum;
     }
   }
 }
 
-// grad_weight[b or 0, h or 0, d] = scale * the sum of its parts. A block has 32 features of one row
-// of the weight; eight threads share a feature.
-template <typename T>
+// What launch 3 adds up: parts (B, H, tiles, columns) of a gradient (B or 1, H or 1, columns).
+template <typename Acc>
+struct PartialSums {
+  const Acc* parts;
+  std::int64_t batch;
+  std::int64_t heads;
+  std::int64_t tiles;
+  std::int64_t columns;
+  std::int64_t size[2];  // of the gradient's first two dimensions
+  Acc factor;
+  int block_columns;  // a divisor of kThreads
+
+  __host__ __device__ std::int64_t column_blocks() const {
+    return (columns + block_columns - 1) / block_columns;
+  }
+};
+
+// gradient[b or 0, h or 0, d] = factor * the sum of its parts. A block has block_columns columns of
+// one row of the gradient; the other threads share them.
+template <typename Acc, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    attention_weight_gradient_kernel(const __grid_constant__ AttentionBackward call, void* memory) {
-  using Acc = Accumulator<T>;
-  constexpr int kLanes = kThreads / 32;
-  Acc* const sums = shared_at<Acc>(0, kThreads);  // [kLanes][32]
-  const AttentionProblem& p = call.problem;
-  const auto workspace = Workspace<Acc>::of(p, memory);
-  const int lane = static_cast<int>(threadIdx.x) / 32;
-  const int column = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t features = (p.head_dim + 31) / 32;
-  const std::int64_t d = blockIdx.x % features * 32 + column;
-  const std::int64_t row = blockIdx.x / features;  // of the weight
-  const std::int64_t weight_head = row % p.weight_size[1];
-  const std::int64_t weight_batch = row / p.weight_size[1];
-  const std::int64_t tiles = (p.query_length + Tile<Acc>::kTokens - 1) / Tile<Acc>::kTokens;
-  const std::int64_t heads = p.weight_size[1] == 1 ? p.heads : 1;
-  const std::int64_t batches = p.weight_size[0] == 1 ? p.batch : 1;
+    attention_sum_parts_kernel(const __grid_constant__ PartialSums<Acc> call, Out* gradient) {
+  Acc* const sums = shared_at<Acc>(0, kThreads);  // [lanes][block_columns]
+  const int lanes = kThreads / call.block_columns;
+  const int lane = static_cast<int>(threadIdx.x) / call.block_columns;
+  const int column = static_cast<int>(threadIdx.x) % call.block_columns;
+  const std::int64_t d = blockIdx.x % call.column_blocks() * call.block_columns + column;
+  const std::int64_t row = blockIdx.x / call.column_blocks();  // of the gradient
+  const std::int64_t first_head = row % call.size[1];
+  const std::int64_t first_batch = row / call.size[1];
+  const std::int64_t heads = call.size[1] == 1 ? call.heads : 1;
+  const std::int64_t batches = call.size[0] == 1 ? call.batch : 1;
   Acc sum = 0;
-  if (d < p.head_dim) {
-    for (std::int64_t part = lane; part < batches * heads * tiles; part += kLanes) {
-      const std::int64_t tile = part % tiles;
-      const std::int64_t head = weight_head + part / tiles % heads;
-      const std::int64_t batch = weight_batch + part / tiles / heads;
-      sum += workspace.weight_parts[((batch * p.heads + head) * tiles + tile) * p.head_dim + d];
+  if (d < call.columns) {
+    for (std::int64_t part = lane; part < batches * heads * call.tiles; part += lanes) {
+      const std::int64_t tile = part % call.tiles;
+      const std::int64_t head = first_head + part / call.tiles % heads;
+      const std::int64_t batch = first_batch + part / call.tiles / heads;
+      sum += call.parts[((batch * call.heads + head) * call.tiles + tile) * call.columns + d];
     }
   }
-  sums[lane * 32 + column] = sum;
+  sums[threadIdx.x] = sum;
   __syncthreads();
-  if (lane == 0 && d < p.head_dim) {
-    for (int other = 1; other < kLanes; ++other) sum += sums[other * 32 + column];
-    static_cast<T*>(call.grad_weight)[row * p.head_dim + d] =
-        from_acc<T>(static_cast<Acc>(p.scale) * sum);
+  if (lane == 0 && d < call.columns) {
+    for (int other = 1; other < lanes; ++other) sum += sums[other * call.block_columns + column];
+    gradient[row * call.columns + d] = from_acc<Out>(call.factor * sum);
   }
 }
 

@@ -306,7 +306,39 @@ struct Pairs {
   }
 };
 
-// Fills `bias` and says whether any of the thread's pairs is allowed.
+// Scores are kept within +-2^127 (float64: 2^1023): differences of two are never inf - inf, and a
+// mask of finfo.min is an ordinary number. A NaN stays one.
+__device__ __forceinline__ float limit_score(float s) {
+  return s > 0x1p127f ? 0x1p127f : s < -0x1p127f ? -0x1p127f : s;
+}
+__device__ __forceinline__ double limit_score(double s) {
+  return s > 0x1p1023 ? 0x1p1023 : s < -0x1p1023 ? -0x1p1023 : s;
+}
+
+// ALiBi: the distances |position - j| of a thread's pairs. The first one is the only 64-bit number;
+// the others differ from it by less than kPerThread.
+template <typename Acc>
+struct Distances {
+  Acc first;
+  static __device__ __forceinline__ Distances of(const AttentionProblem& p, std::int64_t batch,
+                                                 Pairs pairs) {
+    return {static_cast<Acc>(query_position(p, batch, pairs.query) - pairs.key)};
+  }
+  __device__ __forceinline__ Acc at(int q, int k) const {
+    return fabs(first + static_cast<Acc>(q - k));
+  }
+};
+
+// The slope of a head; a problem without slopes has none.
+template <typename T>
+__device__ __forceinline__ Accumulator<T> slope_of(const AttentionProblem& p, std::int64_t batch,
+                                                   std::int64_t head) {
+  const std::int64_t index = batch * p.slopes_stride[0] + head * p.slopes_stride[1];
+  if (p.slopes_dtype != p.dtype) return static_cast<const float*>(p.slopes)[index];
+  return to_acc(static_cast<const T*>(p.slopes)[index]);
+}
+
+// Fills `bias`, mask and ALiBi, and says whether any of the thread's pairs is allowed.
 template <typename T, typename Acc, int R>
 __device__ __forceinline__ bool load_biases(Acc (&bias)[R][R], const AttentionProblem& p,
                                             std::int64_t batch, std::int64_t head, Pairs pairs) {
@@ -324,16 +356,19 @@ __device__ __forceinline__ bool load_biases(Acc (&bias)[R][R], const AttentionPr
       any = any || x != -kInfinity<Acc>;
     }
   }
+  if (p.slopes != nullptr) {  // uniform over the grid
+    const Acc slope = slope_of<T>(p, batch, head);
+    const auto distances = Distances<Acc>::of(p, batch, pairs);
+#pragma unroll
+    for (int q = 0; q < R; ++q) {
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        if (bias[q][k] == -kInfinity<Acc>) continue;  // limited, a bias is never that
+        bias[q][k] = limit_score(bias[q][k] - slope * distances.at(q, k));
+      }
+    }
+  }
   return any;
-}
-
-// Scores are kept within +-2^127 (float64: 2^1023): differences of two are never inf - inf, and a
-// mask of finfo.min is an ordinary number. A NaN stays one.
-__device__ __forceinline__ float limit_score(float s) {
-  return s > 0x1p127f ? 0x1p127f : s < -0x1p127f ? -0x1p127f : s;
-}
-__device__ __forceinline__ double limit_score(double s) {
-  return s > 0x1p1023 ? 0x1p1023 : s < -0x1p1023 ? -0x1p1023 : s;
 }
 
 // scale * s + bias for pairs that are allowed, -inf for the others.

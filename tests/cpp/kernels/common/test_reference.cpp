@@ -56,6 +56,12 @@ void check_differences(const Case& c) {
       CHECK(results.grad_weight[n] == Approx(difference(w)).margin(1e-8));
     }
   }
+  if (c.slopes) {
+    auto* slopes = static_cast<double*>(const_cast<void*>(instance.problem.slopes));
+    for (std::size_t n = 0; n < results.grad_slopes.size(); ++n) {
+      CHECK(results.grad_slopes[n] == Approx(difference(slopes + n)).margin(1e-8));
+    }
+  }
   if (c.mask == MaskKind::kFloat) {
     auto* mask = static_cast<double*>(const_cast<void*>(instance.problem.mask.data));
     for (std::size_t n = 0; n < results.grad_mask.size(); n += 5) {
@@ -79,6 +85,12 @@ TEST_CASE("the reference's gradients are those of its forward") {
     c.name = "masks";
     c.mask = MaskKind::kFloat, c.mask_dtype = DType::kFloat64, c.mask_full[1] = false;
     c.window_right = 2, c.key_lengths = {5, 6}, c.scale = 0.6;
+    check_differences(c);
+    c.name = "slopes";
+    c.slopes = c.slopes_of_inputs = true, c.query_offset = 2;
+    check_differences(c);
+    c.name = "slopes per sample";
+    c.slopes_per_sample = true, c.query_offsets = {-1, 3};
     check_differences(c);
     c.name = "dropout";
     c.dropout = 0.4;
@@ -104,6 +116,16 @@ TEST_CASE("the reference on values worked out by hand") {
   CHECK(results.lse[0] == Approx(0.0).margin(1e-15));
   CHECK(results.lse[1] == Approx(std::log(4.0)));
 
+  SECTION("slopes") {
+    c.slopes = c.slopes_of_inputs = true;
+    Instance biased(c);
+    biased.query.fill([](auto...) { return 0.0; });
+    biased.value.fill([](auto, auto, auto l, auto) { return 4.0 * static_cast<double>(l); });
+    *static_cast<double*>(const_cast<void*>(biased.problem.slopes)) = std::log(3.0);
+    results = biased.run(implementation("reference"), threads(1));
+    CHECK(results.out[1] == Approx(3.0));  // weights 1/4 and 3/4: key 0 is one further away
+    CHECK(results.lse[1] == Approx(std::log(4.0 / 3.0)));
+  }
   SECTION("additive") {
     c.score = ScoreKind::kAdditive;
     Instance additive(c);

@@ -62,7 +62,8 @@ struct Case {
 
   std::vector<std::int64_t> key_lengths, key_starts, query_offsets;
   std::int64_t window_left = -1, window_right = -1, query_offset = 0;
-  double scale = 0.0;  // 0: the default
+  bool slopes = false, slopes_per_sample = false, slopes_of_inputs = false;  // ALiBi; their dtype
+  double scale = 0.0;                                                        // 0: the default
   double dropout = 0.0;
   bool grad_lse = false;
   bool weight_per_head = false;
@@ -146,6 +147,7 @@ class Tensor {
 
 struct Results {
   std::vector<double> out, lse, grad_query, grad_key, grad_value, grad_weight, grad_mask;
+  std::vector<double> grad_slopes;
 };
 
 class Instance {
@@ -183,6 +185,7 @@ class Instance {
       p.weight_stride[2] = 1;
     }
     if (c.mask != MaskKind::kNone) make_mask();
+    if (c.slopes) make_slopes();
     p.key_lengths = c.key_lengths.empty() ? nullptr : c.key_lengths.data();
     p.key_starts = c.key_starts.empty() ? nullptr : c.key_starts.data();
     p.query_offsets = c.query_offsets.empty() ? nullptr : c.query_offsets.data();
@@ -207,6 +210,7 @@ class Instance {
     grad_weight_.resize(static_cast<std::size_t>(p.weight_size[0] * p.weight_size[1] * p.head_dim *
                                                  size_of(c.dtype)));
     grad_mask_.resize(static_cast<std::size_t>(mask_elements() * size_of(c.mask_dtype)));
+    grad_slopes_.resize(slopes_.size());
   }
 
   // Views point into this object.
@@ -219,7 +223,7 @@ class Instance {
     for (Tensor* tensor : {&out, &grad_query, &grad_key, &grad_value}) {
       tensor->fill([&](auto...) { return nan; });
     }
-    for (std::vector<char>* bytes : {&lse_, &grad_weight_, &grad_mask_}) {
+    for (std::vector<char>* bytes : {&lse_, &grad_weight_, &grad_mask_, &grad_slopes_}) {
       std::fill(bytes->begin(), bytes->end(), '\xff');
     }
 
@@ -238,13 +242,18 @@ class Instance {
     backward.grad_weight = additive ? grad_weight_.data() : nullptr;
     const bool float_mask = c_.mask == MaskKind::kFloat;
     backward.grad_mask = float_mask ? grad_mask_.data() : nullptr;
+    backward.grad_slopes = c_.slopes ? grad_slopes_.data() : nullptr;
     implementation.backward(backward, parallel);
 
-    Results results{
-        out.numbers(), {}, grad_query.numbers(), grad_key.numbers(), grad_value.numbers(), {}, {}};
+    Results results;
+    results.out = out.numbers();
+    results.grad_query = grad_query.numbers();
+    results.grad_key = grad_key.numbers();
+    results.grad_value = grad_value.numbers();
     results.lse = numbers(lse_dtype(), lse_);
     if (additive) results.grad_weight = numbers(c_.dtype, grad_weight_);
     if (float_mask) results.grad_mask = numbers(c_.mask_dtype, grad_mask_);
+    if (c_.slopes) results.grad_slopes = numbers(problem.slopes_dtype, grad_slopes_);
     return results;
   }
 
@@ -302,9 +311,25 @@ class Instance {
     p.mask.data = mask_bytes_.data();
   }
 
+  void make_slopes() {
+    AttentionProblem& p = problem;
+    p.slopes_dtype = c_.slopes_of_inputs ? c_.dtype : DType::kFloat32;
+    p.slopes_size[0] = c_.slopes_per_sample ? c_.batch : 1;
+    p.slopes_size[1] = c_.heads;
+    p.slopes_stride[0] = c_.slopes_per_sample ? c_.heads : 0;
+    p.slopes_stride[1] = 1;
+    const std::int64_t count = p.slopes_size[0] * p.slopes_size[1];
+    slopes_.resize(static_cast<std::size_t>(count * size_of(p.slopes_dtype)));
+    for (std::int64_t n = 0; n < count; ++n) {
+      reference::store(p.slopes_dtype, slopes_.data(), n, n == 1 ? 0.1 : std::exp2(-1.0 - n));
+    }
+    p.slopes = slopes_.data();
+  }
+
   std::mt19937 random_;
   std::normal_distribution<double> normal_{0.0, 1.0};
   std::vector<char> lse_, grad_lse_, grad_weight_, grad_mask_, mask_bytes_;
+  std::vector<char> slopes_, grad_slopes_;
   std::int64_t philox_state_[2] = {1234567890123, 42};
 };
 

@@ -41,6 +41,7 @@ void check(const Results& got, const Results& expected, double tolerance) {
   CHECK(relative_error(got.grad_value, expected.grad_value) < tolerance);
   CHECK(relative_error(got.grad_weight, expected.grad_weight) < tolerance);
   CHECK(relative_error(got.grad_mask, expected.grad_mask) < tolerance);
+  CHECK(relative_error(got.grad_slopes, expected.grad_slopes) < tolerance);
 }
 
 // Bits, so that NaN equals NaN.
@@ -52,7 +53,7 @@ bool identical(const Results& a, const Results& b) {
   return identical(a.out, b.out) && identical(a.lse, b.lse) &&
          identical(a.grad_query, b.grad_query) && identical(a.grad_key, b.grad_key) &&
          identical(a.grad_value, b.grad_value) && identical(a.grad_weight, b.grad_weight) &&
-         identical(a.grad_mask, b.grad_mask);
+         identical(a.grad_mask, b.grad_mask) && identical(a.grad_slopes, b.grad_slopes);
 }
 
 // The implementations under test that run here, and the reference's results for one instance.
@@ -136,6 +137,30 @@ std::vector<Case> problems() {
              c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[3] = false;
              c.key_length = 600, c.grad_lse = true;
            }),
+      make("slopes", [](Case& c) { c.slopes = true, c.grad_lse = true; }),
+      make("slopes of the inputs' dtype, causal",
+           [](Case& c) {
+             c.slopes = c.slopes_of_inputs = true, c.window_right = 0, c.heads = 6;
+             c.query_length = c.key_length = 150, c.query_offset = -3;
+           }),
+      make("slopes per sample, several blocks",
+           [](Case& c) {
+             c.slopes = c.slopes_per_sample = true, c.query_offsets = {3, -5};
+             c.query_length = 203, c.key_length = 701, c.head_dim = c.value_dim = 8;
+           }),
+      make("slopes, mask, lengths",
+           [](Case& c) {
+             c.slopes = true, c.mask = MaskKind::kFloat, c.key_lengths = {0, 40};
+             c.mask_full[0] = false, c.grad_lse = true;
+           }),
+      make("slopes, one query",
+           [](Case& c) {
+             c.slopes = c.grad_lse = true, c.amplitude = 0.2;  // the near keys win
+             c.query_length = 1, c.key_length = 2100, c.query_offset = 2099;
+           }),
+      make("slopes, no keys", [](Case& c) { c.slopes = true, c.key_length = 0; }),
+      make("slopes, no elements",
+           [](Case& c) { c.slopes = true, c.head_dim = 0, c.value_dim = 0, c.grad_lse = true; }),
       make("gradient of lse", [](Case& c) { c.grad_lse = true; }),
       make("dropout", [](Case& c) { c.dropout = 0.3, c.grad_lse = true; }),
       make("all dropped", [](Case& c) { c.dropout = 1.0, c.grad_lse = true; }),
@@ -209,6 +234,11 @@ TEST_CASE("results do not depend on the number of threads") {
                         [](Case& c) {
                           c.batch = 3, c.key_length = 600, c.head_dim = c.value_dim = 8;
                           c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[1] = false;
+                        }),
+                   make("shared slopes",
+                        [](Case& c) {
+                          c.batch = 3, c.key_length = 600, c.head_dim = c.value_dim = 8;
+                          c.slopes = true;
                         }),
                    make("grouped, causal, dropout", [](Case& c) {
                      c.heads = 4, c.query_length = c.key_length = 140, c.window_right = 0;
@@ -329,6 +359,23 @@ TEST_CASE("scores that overflow give no NaN") {
       CHECK(relative_error(got.out, expected.out) < limit);
       CHECK(relative_error(got.lse, expected.lse) < limit);
       CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+    });
+  }
+  SECTION("all biases of a row overflow") {
+    Case c;
+    c.name = "steep slopes";
+    c.dtype = dtype;
+    c.query_length = 5, c.key_length = 40;
+    c.slopes = true, c.query_offset = -100;
+    Instance instance(c);
+    auto* slopes = static_cast<float*>(const_cast<void*>(instance.problem.slopes));
+    slopes[0] = slopes[1] = 1e38F;
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      for (const double x : got.grad_slopes) CHECK_FALSE(std::isnan(x));
     });
   }
   SECTION("sums that overflow both ways") {
