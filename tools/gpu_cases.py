@@ -10,7 +10,7 @@ import torch
 import torch_selfattn
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-MASKS = ("none", "causal", "bool", "float", "lengths")
+MASKS = ("none", "causal", "bool", "float", "lengths", "slopes")
 
 
 def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -35,6 +35,8 @@ def options(mask: str, dtype: torch.dtype, device: str) -> dict[str, object]:
         return {"attn_mask": (torch.rand(2, 1, 70, 67, generator=generator) > 0.3).to(device)}
     if mask == "float":
         return {"attn_mask": torch.randn(70, 67, generator=generator).to(dtype).to(device)}
+    if mask == "slopes":
+        return {"alibi_slopes": torch_selfattn.alibi_slopes(4).to(device).requires_grad_()}
     if mask == "lengths":
         return {"key_lengths": torch.tensor([0, 33], device=device), "window_left": 9}
     return {}

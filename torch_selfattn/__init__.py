@@ -27,6 +27,7 @@ from .functional import (  # noqa: E402
 from .positional import (  # noqa: E402
     add_learned_encoding,
     add_sinusoidal_encoding,
+    alibi_slopes,
     rotary_embedding,
     rotary_tables,
     sinusoidal_encoding,
@@ -37,6 +38,7 @@ __all__ = [
     "add_sinusoidal_encoding",
     "additive_attention",
     "additive_attention_with_lse",
+    "alibi_slopes",
     "attention_weights",
     "cmake_prefix_path",
     "dot_product_attention",

@@ -70,8 +70,8 @@ def _batch_of(query: Tensor, dim: int | None) -> int:
 
 
 def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
-    tensors, options = list(args[:8]), args[8:]
-    dims = list(in_dims[:8])
+    tensors, options = list(args[:9]), args[9:]
+    dims = list(in_dims[:9])
     dropout_p = options[1]
     size = info.batch_size
     if dropout_p > 0 and info.randomness == "error":
@@ -98,7 +98,7 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
     tensors[3], dims[3] = _whole_weight(tensors[3], dims[3])
     batch = _batch_of(tensors[0], dims[0])
     folded = [_fold(t, d, size, batch) for t, d in zip(tensors, dims, strict=True)]
-    for i in (3, 4):  # weight and mask: if they are the same for all, they stay as they are
+    for i in (3, 4, 8):  # weight, mask, slopes: if the same for all, they stay as they are
         if tensors[i] is not None and dims[i] is None and tensors[i].shape[0] == 1:
             folded[i] = tensors[i]
     out, lse, philox_state = _forward_op(*folded, *options)
@@ -106,34 +106,35 @@ def _forward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Results:
-    # grad_output, grad_lse, the eight inputs, output, lse, philox_state, options, attn_mask_grad
-    tensors, options = list(args[:13]), args[13:]
-    dims = list(in_dims[:13])
+    # grad_output, grad_lse, the nine inputs, output, lse, philox_state, options, and whether the
+    # gradients of attn_mask and alibi_slopes are wanted
+    tensors, options = list(args[:14]), args[14:]
+    dims = list(in_dims[:14])
     dropout_p = options[1]
     size = info.batch_size
-    output_dim, philox_dim = dims[10], dims[12]
+    output_dim, philox_dim = dims[11], dims[13]
     if dropout_p > 0 and (philox_dim is not None or output_dim is None):
         # The forward pass did not fold: its random numbers belong to the unfolded problem.
         results = [_backward_op(*_sample(tensors, dims, v), *options) for v in range(size)]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0, 0, 0)
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 6
 
     (given_weight,) = _sample(tensors[5:6], dims[5:6], 0)
     tensors[5], dims[5] = _whole_weight(tensors[5], dims[5])
     batch = _batch_of(tensors[2], dims[2])
-    folded = [_fold(t, d, size, batch) for t, d in zip(tensors[:12], dims[:12], strict=True)]
-    attn_mask, attn_mask_grad = tensors[6], options[-1]
-    if attn_mask is not None and not attn_mask_grad and dims[6] is None and attn_mask.shape[0] == 1:
-        folded[6] = attn_mask
-    grads = list(_backward_op(*folded, tensors[12], *options))
-    out_dims: list[int | None] = [0, 0, 0, None, None]
+    folded = [_fold(t, d, size, batch) for t, d in zip(tensors[:13], dims[:13], strict=True)]
+    # The optional inputs by the place of their gradients: where they stand, who wants it.
+    optional = ((3, 5, tensors[5] is not None), (4, 6, options[-2]), (5, 10, options[-1]))
+    for _, n, wanted in optional:
+        shared = tensors[n] is not None and dims[n] is None and tensors[n].shape[0] == 1
+        if shared and not wanted:
+            folded[n] = tensors[n]
+    grads = list(_backward_op(*folded, tensors[13], *options))
+    out_dims: list[int | None] = [0, 0, 0, None, None, None]
     for i in range(3):
         grads[i] = _unfold(grads[i], size)
-    for i, tensor, dim, wanted in (
-        (3, tensors[5], dims[5], tensors[5] is not None),
-        (4, attn_mask, dims[6], attn_mask_grad),
-    ):
+    for i, n, wanted in optional:
         if wanted:
-            rows = _batch_of(tensor, dim)
+            rows = _batch_of(tensors[n], dims[n])
             grads[i] = _sum_to(_unfold(grads[i], size), rows)
             out_dims[i] = 0
     if given_weight is not None:

@@ -40,6 +40,12 @@ query_offset : int
     causal attention to the bottom right; with a cache it is the cached length.
 query_offsets : Tensor, optional
     One int64 or int32 for each sample, added to ``query_offset``.
+alibi_slopes : Tensor, optional
+    (H), or (..., H) with a row for each sample; float32 or the dtype of query; differentiable.
+    ALiBi: adds ``-alibi_slopes[h] * |t - j|`` to the score of a query at position t and key j. The
+    position is the one that windows use, so ``query_offset = Lk - Lq`` gives the convention of
+    FlashAttention (the last query stands at the last key). With causal attention it is the original
+    ``slope * (j - t)``. :func:`torch_selfattn.alibi_slopes` makes the slopes of the paper.
 
 What holds for all of them
 --------------------------
@@ -84,6 +90,7 @@ def dot_product_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention: ``softmax_j(scale * q_i . k_j + mask_ij) v_j``.
 
@@ -101,12 +108,13 @@ def dot_product_attention(
         attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None
         and enable_gqa is False and key_lengths is None and key_starts is None
         and window_left == -1 and window_right == -1 and isinstance(query_offset, int)
-        and query_offsets is None
+        and query_offsets is None and alibi_slopes is None
     ):  # fmt: skip
         return _dot_product_attention(query, key, value)
     return _dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -125,6 +133,7 @@ def dot_product_attention_with_lse(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dot_product_attention` and the log-sum-exp of each row of scores.
 
@@ -137,6 +146,7 @@ def dot_product_attention_with_lse(
     return torch.ops.torch_selfattn.dot_product_attention_with_lse(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -156,6 +166,7 @@ def additive_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Additive attention: the score is ``scale * sum_d weight[h, d] * tanh(q[i, d] + k[j, d])``.
 
@@ -175,12 +186,13 @@ def additive_attention(
         attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None
         and enable_gqa is False and key_lengths is None and key_starts is None
         and window_left == -1 and window_right == -1 and isinstance(query_offset, int)
-        and query_offsets is None
+        and query_offsets is None and alibi_slopes is None
     ):  # fmt: skip
         return _additive_attention(query, key, value, weight)
     return _additive_attention(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -200,6 +212,7 @@ def additive_attention_with_lse(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`additive_attention` and the log-sum-exp of each row of scores.
 
@@ -209,6 +222,7 @@ def additive_attention_with_lse(
     return torch.ops.torch_selfattn.additive_attention_with_lse(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -228,6 +242,7 @@ def attention_weights(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Chosen rows of the matrix of attention weights, without forming the others.
 
@@ -241,6 +256,7 @@ def attention_weights(
     return torch.ops.torch_selfattn.attention_weights(
         query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -265,6 +281,7 @@ def multi_head_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """In-projection, attention with ``num_heads`` heads, out-projection.
 
@@ -283,6 +300,7 @@ def multi_head_attention(
         query, key, value, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias,
         score_weight, num_kv_heads, attn_mask, dropout_p, is_causal, scale,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
 
 
@@ -302,6 +320,7 @@ def explain(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> str:
     """Says which implementation runs this call, and why those before it in the list do not.
 
@@ -311,4 +330,5 @@ def explain(
     return torch.ops.torch_selfattn.explain(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip

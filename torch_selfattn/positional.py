@@ -1,4 +1,4 @@
-"""Positional encodings as functions: sinusoidal, learned, rotary.
+"""Positional encodings as functions: sinusoidal, learned, rotary; the slopes of ALiBi.
 
 ``x`` is ``(..., L, D)``, at least 2-D, with any strides, float64, float32, float16 or bfloat16; the
 result has its shape, dtype and memory order. Sums, angles and tables are float32 or better whatever
@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "add_learned_encoding",
     "add_sinusoidal_encoding",
+    "alibi_slopes",
     "rotary_embedding",
     "rotary_tables",
     "sinusoidal_encoding",
@@ -133,3 +134,28 @@ def rotary_tables(
     return torch.ops.torch_selfattn.rotary_tables(
         length, dim, base, offset, scaling, dtype, _device(device)
     )
+
+
+def alibi_slopes(
+    num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    r"""The slopes of ALiBi, ``(num_heads,)``, for the argument ``alibi_slopes`` of the attention
+    functions.
+
+    For :math:`H` heads, a power of two, head :math:`h = 1 \dots H` has :math:`2^{-8h/H}`. Otherwise
+    the first :math:`n` heads have the slopes of :math:`n` heads, with the largest power of two
+    :math:`n < H`, and the others have the 1st, 3rd, 5th, ... slope of :math:`2n` heads, as in the
+    paper's code. ``dtype`` is float32, or that of the queries.
+
+    Source: Press, Smith and Lewis, "Train short, test long: attention with linear biases enables
+    input length extrapolation", ICLR 2022.
+    """
+    if num_heads <= 0:
+        raise ValueError(f"alibi_slopes: num_heads must be positive (got num_heads={num_heads})")
+    n = 1
+    while 2 * n <= num_heads:
+        n = 2 * n
+    head = torch.arange(num_heads, dtype=torch.float64, device=device)
+    # In steps of -8 / n: 1, 2, ..., n, then 1/2, 3/2, ...
+    exponent = torch.where(head < n, head + 1.0, head - n + 0.5)
+    return torch.exp2(exponent * (-8.0 / n)).to(dtype)

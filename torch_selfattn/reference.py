@@ -23,6 +23,17 @@ __all__ = [
 ]
 
 
+def _positions(
+    query_length: int,
+    query_offset: int,
+    query_offsets: Tensor | None,
+    device: torch.device | None,
+) -> Tensor:
+    """Where the queries stand on the axis of the keys: (Lq, 1) or (B, 1, Lq, 1)."""
+    position = torch.arange(query_length, device=device)[:, None] + query_offset
+    return position if query_offsets is None else position + query_offsets[:, None, None, None]
+
+
 def allowed_pairs(
     query_length: int,
     key_length: int,
@@ -38,9 +49,7 @@ def allowed_pairs(
 ) -> Tensor:
     """Which query may attend to which key: boolean, broadcastable to (B, H, Lq, Lk)."""
     j = torch.arange(key_length, device=device)
-    position = torch.arange(query_length, device=device)[:, None] + query_offset
-    if query_offsets is not None:
-        position = position + query_offsets[:, None, None, None]
+    position = _positions(query_length, query_offset, query_offsets, device)
     allowed = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     if is_causal:
         allowed = allowed & (j <= position)
@@ -91,6 +100,7 @@ def attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and weights (before dropout) of both scores; weight None: dot product."""
     rank = max(query.dim(), key.dim(), value.dim())
@@ -126,6 +136,11 @@ def attention(
         # weight: (E), (H, E), or, as the inner operators take it, (B or 1, H or 1, E)
         w = weight[..., :, None, None, :] if weight.dim() > 1 else weight
         scores = (terms * w).sum(-1) * (1.0 if scale is None else scale)
+    if alibi_slopes is not None:
+        position = _positions(q.shape[2], query_offset, query_offsets, q.device)
+        distance = (position - torch.arange(k.shape[2], device=q.device)).abs()
+        slopes = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes.flatten(0, -2)
+        scores = scores - slopes.to(scores.dtype)[..., None, None] * distance
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(scores.dtype).where(allowed, 0.0)
 
@@ -157,11 +172,13 @@ def dot_product_attention_with_lse(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of :func:`torch_selfattn.dot_product_attention_with_lse`."""
     out, lse, _ = attention(
         query, key, value, None, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
     return out, lse
 
@@ -181,11 +198,13 @@ def dot_product_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Output of :func:`torch_selfattn.dot_product_attention`."""
     return attention(
         query, key, value, None, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )[0]  # fmt: skip
 
 
@@ -205,11 +224,13 @@ def additive_attention_with_lse(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of :func:`torch_selfattn.additive_attention_with_lse`."""
     out, lse, _ = attention(
         query, key, value, weight, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )  # fmt: skip
     return out, lse
 
@@ -230,11 +251,13 @@ def additive_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Output of :func:`torch_selfattn.additive_attention`."""
     return attention(
         query, key, value, weight, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )[0]  # fmt: skip
 
 
@@ -254,11 +277,13 @@ def attention_weights(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Chosen rows of the weights: :func:`torch_selfattn.attention_weights`."""
     weights = attention(
         query, key, key, weight, attn_mask, None, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )[2]  # fmt: skip
     if rows is not None:
         weights = weights.index_select(-2, rows)
@@ -288,6 +313,7 @@ def multi_head_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Projections and attention: :func:`torch_selfattn.multi_head_attention`."""
     if query.dim() == 2:
@@ -295,7 +321,7 @@ def multi_head_attention(
             query[None], key[None], value[None], num_heads, in_proj_weight, in_proj_bias,
             out_proj_weight, out_proj_bias, score_weight, num_kv_heads, attn_mask, dropout_factors,
             is_causal, scale, key_lengths, key_starts, window_left, window_right, query_offset,
-            query_offsets,
+            query_offsets, alibi_slopes,
         )[0]  # fmt: skip
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     embed_dim = out_proj_weight.shape[1]
@@ -312,6 +338,7 @@ def multi_head_attention(
         project(query, 0, num_heads), project(key, 1, kv_heads), project(value, 2, kv_heads),
         score_weight, attn_mask, dropout_factors, is_causal, scale, True,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+        alibi_slopes,
     )[0]  # fmt: skip
     out = out.transpose(-3, -2).flatten(-2)  # (B, Lq, num_heads * E)
     return torch.nn.functional.linear(out, out_proj_weight, out_proj_bias)

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 #include <torch_selfattn/ops.h>
 
+#include "ops/attention_kernel.h"
 #include "ops/canonical.h"
 #include "ops/explain.h"
 #include "ops/operator_handle.h"
@@ -21,24 +22,26 @@ Tensor dot_product_attention(const Tensor& query, const Tensor& key, const Tenso
                              std::optional<double> scale, bool enable_gqa,
                              const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                              SymInt window_left, SymInt window_right, SymInt query_offset,
-                             const OptionalTensor& query_offsets) {
+                             const OptionalTensor& query_offsets,
+                             const OptionalTensor& alibi_slopes) {
   static const auto op =
       ops::operator_handle<decltype(dot_product_attention)>("dot_product_attention");
   return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
                  key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 std::tuple<Tensor, Tensor> dot_product_attention_with_lse(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
     const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
-    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets,
+    const OptionalTensor& alibi_slopes) {
   static const auto op = ops::operator_handle<decltype(dot_product_attention_with_lse)>(
       "dot_product_attention_with_lse");
   return op.call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
                  key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 Tensor additive_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -46,11 +49,11 @@ Tensor additive_attention(const Tensor& query, const Tensor& key, const Tensor& 
                           bool is_causal, std::optional<double> scale, bool enable_gqa,
                           const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                           SymInt window_left, SymInt window_right, SymInt query_offset,
-                          const OptionalTensor& query_offsets) {
+                          const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   static const auto op = ops::operator_handle<decltype(additive_attention)>("additive_attention");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 std::tuple<Tensor, Tensor> additive_attention_with_lse(
@@ -58,12 +61,12 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse(
     const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
     bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
     SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   static const auto op =
       ops::operator_handle<decltype(additive_attention_with_lse)>("additive_attention_with_lse");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -71,39 +74,33 @@ std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
                     bool is_causal, std::optional<double> scale, bool enable_gqa,
                     const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                     SymInt window_left, SymInt window_right, SymInt query_offset,
-                    const OptionalTensor& query_offsets) {
+                    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   static const auto op = ops::operator_handle<decltype(explain)>("explain");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 namespace ops {
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, SymInt window_left, SymInt window_right,
-    SymInt query_offset) {
-  static const auto op = operator_handle<decltype(attention_forward)>("_attention_forward");
-  return op.call(query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets,
-                 scale, dropout_p, std::move(window_left), std::move(window_right),
-                 std::move(query_offset));
+ForwardResults attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& o) {
+  static const auto op = operator_handle<ForwardFunction<SymInt>>("_attention_forward");
+  auto [output, lse, philox_state] = op.call(
+      t.query, t.key, t.value, t.weight, t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
+      t.alibi_slopes, o.scale, o.dropout_p, o.window_left, o.window_right, o.query_offset);
+  return {std::move(output), std::move(lse), std::move(philox_state)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
-    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
-    SymInt window_left, SymInt window_right, SymInt query_offset, bool attn_mask_grad) {
-  static const auto op = operator_handle<decltype(attention_backward)>("_attention_backward");
-  return op.call(grad_output, grad_lse, query, key, value, weight, attn_mask, key_lengths,
-                 key_starts, query_offsets, output, lse, philox_state, scale, dropout_p,
-                 std::move(window_left), std::move(window_right), std::move(query_offset),
-                 attn_mask_grad);
+BackwardResults attention_backward(const BackwardInputs& in, const AttentionTensors& t,
+                                   const AttentionOptions<SymInt>& o) {
+  static const auto op = operator_handle<BackwardFunction<SymInt>>("_attention_backward");
+  auto [query, key, value, weight, attn_mask, alibi_slopes] =
+      op.call(in.grad_output, in.grad_lse, t.query, t.key, t.value, t.weight, t.attn_mask,
+              t.key_lengths, t.key_starts, t.query_offsets, t.alibi_slopes, in.output, in.lse,
+              in.philox_state, o.scale, o.dropout_p, o.window_left, o.window_right, o.query_offset,
+              in.attn_mask_grad, in.alibi_slopes_grad);
+  return {std::move(query),  std::move(key),       std::move(value),
+          std::move(weight), std::move(attn_mask), std::move(alibi_slopes)};
 }
 
 Tensor attention_dropout_factors(const Tensor& philox_state, SymInt batch, SymInt heads,
@@ -123,23 +120,22 @@ std::tuple<Tensor, Tensor> attend(const char* op, const AttentionTensors& tensor
                                   AttentionOptions<SymInt> options, bool is_causal,
                                   bool enable_gqa) {
   const CanonicalProblem c = canonicalize(op, tensors, std::move(options), is_causal, enable_gqa);
-  auto [output, lse, philox_state] =
-      attention_forward(*c.query, *c.key, *c.value, c.weight, c.attn_mask, c.key_lengths,
-                        c.key_starts, c.query_offsets, c.options.scale, c.options.dropout_p,
-                        c.options.window_left, c.options.window_right, c.options.query_offset);
-  if (c.rank == 4) return {std::move(output), std::move(lse)};
-  return {c.restore(output), c.restore(lse)};
+  ForwardResults results = attention_forward(c.tensors(), c.options);
+  if (c.rank == 4) return {std::move(results.output), std::move(results.lse)};
+  return {c.restore(results.output), c.restore(results.lse)};
 }
 
 std::tuple<Tensor, Tensor> dot_product_attention_with_lse_composite(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
     const OptionalTensor& key_lengths, const OptionalTensor& key_starts, SymInt window_left,
-    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets) {
+    SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets,
+    const OptionalTensor& alibi_slopes) {
   const OptionalTensor no_weight;
   return attend(
       "dot_product_attention",
-      {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets},
+      {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets,
+       alibi_slopes},
       {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
       is_causal, enable_gqa);
 }
@@ -150,11 +146,12 @@ Tensor dot_product_attention_composite(const Tensor& query, const Tensor& key, c
                                        const OptionalTensor& key_lengths,
                                        const OptionalTensor& key_starts, SymInt window_left,
                                        SymInt window_right, SymInt query_offset,
-                                       const OptionalTensor& query_offsets) {
+                                       const OptionalTensor& query_offsets,
+                                       const OptionalTensor& alibi_slopes) {
   return std::get<0>(dot_product_attention_with_lse_composite(
       query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
       key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
-      query_offsets));
+      query_offsets, alibi_slopes));
 }
 
 std::tuple<Tensor, Tensor> additive_attention_with_lse_composite(
@@ -162,11 +159,12 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse_composite(
     const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
     bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
     SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   const OptionalTensor some_weight = weight;
   return attend(
       "additive_attention",
-      {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets},
+      {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets,
+       alibi_slopes},
       {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
       is_causal, enable_gqa);
 }
@@ -177,11 +175,12 @@ Tensor additive_attention_composite(const Tensor& query, const Tensor& key, cons
                                     bool enable_gqa, const OptionalTensor& key_lengths,
                                     const OptionalTensor& key_starts, SymInt window_left,
                                     SymInt window_right, SymInt query_offset,
-                                    const OptionalTensor& query_offsets) {
+                                    const OptionalTensor& query_offsets,
+                                    const OptionalTensor& alibi_slopes) {
   return std::get<0>(additive_attention_with_lse_composite(
       query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
       key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
-      query_offsets));
+      query_offsets, alibi_slopes));
 }
 
 std::string explain_composite(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -190,9 +189,10 @@ std::string explain_composite(const Tensor& query, const Tensor& key, const Tens
                               bool enable_gqa, const OptionalTensor& key_lengths,
                               const OptionalTensor& key_starts, SymInt window_left,
                               SymInt window_right, SymInt query_offset,
-                              const OptionalTensor& query_offsets) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
+                              const OptionalTensor& query_offsets,
+                              const OptionalTensor& alibi_slopes) {
+  const AttentionTensors tensors{query,       key,        value,         weight,      attn_mask,
+                                 key_lengths, key_starts, query_offsets, alibi_slopes};
   const CanonicalProblem c = canonicalize(
       tensors.name(), tensors,
       {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},

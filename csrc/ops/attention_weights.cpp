@@ -29,11 +29,11 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                          std::optional<double> scale, bool enable_gqa,
                          const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                          SymInt window_left, SymInt window_right, SymInt query_offset,
-                         const OptionalTensor& query_offsets) {
+                         const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   static const auto op = ops::operator_handle<decltype(attention_weights)>("attention_weights");
   return op.call(query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets);
+                 std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 namespace ops {
@@ -55,7 +55,7 @@ Tensor select(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
   return selection.has_value() ? at::index_select(t, dim, *selection) : t;
 }
 
-// A mask, whose broadcast dimensions stay.
+// A mask or slopes, whose broadcast dimensions stay.
 Tensor select_unless_broadcast(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
   return TORCH_GUARD_OR_FALSE(t.sym_size(dim).sym_eq(1)) ? t : select(t, dim, selection);
 }
@@ -79,29 +79,29 @@ Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& wei
   if (rows == 0) {  // no scores, but a gradient (zero) for everything
     return dot_scores(query * weight.unsqueeze(-2), key, 1.0);
   }
+  const OptionalTensor some_weight = weight;
+  const OptionalTensor none;
+  const AttentionOptions<SymInt> options{scale, 0.0, -1, -1, 0};
   std::vector<Tensor> scores;
   for (int64_t row = 0; row < rows; ++row) {
     const Tensor one = query.narrow(2, row, 1);
     scores.push_back(
-        std::get<1>(attention_forward(key, one, one, weight, std::nullopt, std::nullopt,
-                                      std::nullopt, std::nullopt, scale, 0.0, -1, -1, 0)));
+        attention_forward({key, one, one, some_weight, none, none, none, none, none}, options).lse);
   }
   return at::stack(scores, 2);  // (B, H, R, Lk)
 }
 
-Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
-                                   const OptionalTensor& weight, const OptionalTensor& rows,
-                                   const OptionalTensor& heads, const OptionalTensor& attn_mask,
-                                   bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                   const OptionalTensor& key_lengths,
-                                   const OptionalTensor& key_starts, SymInt window_left,
-                                   SymInt window_right, SymInt query_offset,
-                                   const OptionalTensor& query_offsets) {
+Tensor attention_weights_composite(
+    const Tensor& query, const Tensor& key, const OptionalTensor& weight,
+    const OptionalTensor& rows, const OptionalTensor& heads, const OptionalTensor& attn_mask,
+    bool is_causal, std::optional<double> scale, bool enable_gqa, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_starts, SymInt window_left, SymInt window_right, SymInt query_offset,
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   const char* op = "attention_weights";
   check_selection("rows", query, rows);
   check_selection("heads", query, heads);
-  const AttentionTensors given{query,     key,         key,        weight,
-                               attn_mask, key_lengths, key_starts, query_offsets};
+  const AttentionTensors given{query,       key,        key,           weight,      attn_mask,
+                               key_lengths, key_starts, query_offsets, alibi_slopes};
   const CanonicalProblem c = canonicalize(
       op, given,
       {scale, 0.0, std::move(window_left), std::move(window_right), std::move(query_offset)},
@@ -131,6 +131,12 @@ Tensor attention_weights_composite(const Tensor& query, const Tensor& key,
     scores = dot_scores(chosen_query, chosen_key, scale);
   }
   Tensor allowed = allowed_pairs(c.tensors(), c.options, rows.value_or(Tensor()));
+  if (c.alibi_slopes.has_value()) {
+    const Tensor slopes = select_unless_broadcast(*c.alibi_slopes, 1, heads);
+    const Tensor distances =
+        key_distances(c.tensors(), c.options, rows.value_or(Tensor()), scores.scalar_type());
+    scores = scores - slopes.to(scores.scalar_type()).unsqueeze(-1).unsqueeze(-1) * distances;
+  }
   if (c.attn_mask.has_value()) {
     const Tensor mask =
         select_unless_broadcast(select_unless_broadcast(*c.attn_mask, 1, heads), 2, rows);

@@ -143,6 +143,22 @@ OptionalTensor canonical_index(const Shapes& shapes, const char* name, const Opt
   return index->dim() == 1 ? *index : index->reshape({-1});
 }
 
+// (H) as (1, H), (..., H) as (B, H).
+Tensor canonical_slopes(const Shapes& shapes, const Tensor& slopes, const SymDimVector& batch,
+                        const SymInt& heads) {
+  SymDimVector full = batch;
+  full.push_back(heads);
+  const int64_t missing = static_cast<int64_t>(full.size()) - slopes.dim();
+  bool fits = slopes.dim() == 1 || missing == 0;
+  for (int64_t d = 0; fits && d < slopes.dim(); ++d) {
+    fits = known_equal(slopes.sym_size(d), full[static_cast<size_t>(d + missing)]);
+  }
+  TORCH_CHECK(fits, shapes.op, ": alibi_slopes must have the shape ",
+              c10::SymIntArrayRef(&heads, 1), " or ", c10::SymIntArrayRef(full),
+              " (got alibi_slopes=", slopes.sym_sizes(), ")");
+  return slopes.dim() == 1 ? slopes.unsqueeze(0) : slopes.flatten(0, -2);
+}
+
 // Key or value heads: as many as the query's, or a divisor of them with enable_gqa.
 void check_heads(const Shapes& shapes, const SymInt& heads, const SymInt& kv_heads,
                  bool enable_gqa) {
@@ -226,6 +242,9 @@ CanonicalProblem canonicalize(const char* op, const AttentionTensors& t,
   c.key_lengths = canonical_index(shapes, "key_lengths", t.key_lengths, rank, batch);
   c.key_starts = canonical_index(shapes, "key_starts", t.key_starts, rank, batch);
   c.query_offsets = canonical_index(shapes, "query_offsets", t.query_offsets, rank, batch);
+  if (t.alibi_slopes.has_value()) {
+    c.alibi_slopes = canonical_slopes(shapes, *t.alibi_slopes, batch, heads);
+  }
   return c;
 }
 

@@ -19,12 +19,14 @@ struct CanonicalProblem {
   OptionalTensor key_lengths;
   OptionalTensor key_starts;
   OptionalTensor query_offsets;
+  OptionalTensor alibi_slopes;
   AttentionOptions<c10::SymInt> options;
   int64_t rank = 4;               // of the user's query, key and value, broadcast
   c10::SymDimVector batch_shape;  // the dimensions before the heads, if rank > 4
 
   AttentionTensors tensors() const {
-    return {*query, *key, *value, weight, attn_mask, key_lengths, key_starts, query_offsets};
+    return {*query,      *key,       *value,        weight,      attn_mask,
+            key_lengths, key_starts, query_offsets, alibi_slopes};
   }
   // A result (B, H, ...) in the user's shape (..., H, ...).
   at::Tensor restore(const at::Tensor& result) const;

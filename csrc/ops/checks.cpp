@@ -103,6 +103,17 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
                 "attn_mask=",
                 mask.dtype(), ", query=", q.dtype(), ")");
   }
+  if (t.alibi_slopes.has_value()) {
+    const Tensor& slopes = *t.alibi_slopes;
+    TORCH_CHECK(slopes.device() == q.device(), op,
+                ": alibi_slopes must be on the device of query (got query=", q.device(),
+                ", alibi_slopes=", slopes.device(), ")");
+    TORCH_CHECK(slopes.scalar_type() == at::kFloat || slopes.scalar_type() == q.scalar_type() ||
+                    (will_be_cast && slopes.is_floating_point()),
+                op,
+                ": alibi_slopes must be float32 or have the dtype of query (got query=", q.dtype(),
+                ", alibi_slopes=", slopes.dtype(), ")");
+  }
   check_index_tensor(op, "key_lengths", q, t.key_lengths);
   check_index_tensor(op, "key_starts", q, t.key_starts);
   check_index_tensor(op, "query_offsets", q, t.query_offsets);
@@ -150,11 +161,16 @@ void check_attention_forward(const AttentionTensors& t, const AttentionOptions<S
   if (t.key_lengths.has_value()) check_shape(op, "key_lengths", *t.key_lengths, {batch});
   if (t.key_starts.has_value()) check_shape(op, "key_starts", *t.key_starts, {batch});
   if (t.query_offsets.has_value()) check_shape(op, "query_offsets", *t.query_offsets, {batch});
+  if (t.alibi_slopes.has_value()) {
+    check_broadcastable(op, "alibi_slopes", *t.alibi_slopes, {batch, heads});
+  }
 }
 
-void check_attention_backward(const Tensor& grad_output, const OptionalTensor& grad_lse,
-                              const AttentionTensors& t, const Tensor& output, const Tensor& lse,
-                              const Tensor& philox_state, const AttentionOptions<SymInt>& options) {
+void check_attention_backward(const BackwardInputs& inputs, const AttentionTensors& t,
+                              const AttentionOptions<SymInt>& options) {
+  const Tensor& output = inputs.output;
+  const Tensor& lse = inputs.lse;
+  const Tensor& philox_state = inputs.philox_state;
   check_attention_forward(t, options);
   const char* op = t.name();
   const c10::SymIntArrayRef q_sizes = t.query.sym_sizes();
@@ -162,10 +178,12 @@ void check_attention_backward(const Tensor& grad_output, const OptionalTensor& g
                                               t.value.sym_sizes()[3]};
   const c10::SymIntArrayRef lse_shape = c10::SymIntArrayRef(output_shape).slice(0, 3);
   check_shape(op, "output", output, output_shape);
-  check_shape(op, "the gradient of the output", grad_output, output_shape);
+  check_shape(op, "the gradient of the output", inputs.grad_output, output_shape);
   check_shape(op, "lse", lse, lse_shape);
-  if (grad_lse.has_value()) check_shape(op, "the gradient of lse", *grad_lse, lse_shape);
-  for (const Tensor* tensor : {&output, &grad_output}) {
+  if (inputs.grad_lse.has_value()) {
+    check_shape(op, "the gradient of lse", *inputs.grad_lse, lse_shape);
+  }
+  for (const Tensor* tensor : {&output, &inputs.grad_output}) {
     TORCH_CHECK(
         tensor->scalar_type() == t.query.scalar_type() && tensor->device() == t.query.device(), op,
         ": the output and its gradient must have dtype and device of query (got query=",

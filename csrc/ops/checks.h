@@ -17,9 +17,7 @@ void check_attention_arguments(const char* op, const AttentionTensors& tensors,
 // The same and the canonical shapes of ops/attention.h.
 void check_attention_forward(const AttentionTensors& tensors,
                              const AttentionOptions<c10::SymInt>& options);
-void check_attention_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                              const AttentionTensors& tensors, const at::Tensor& output,
-                              const at::Tensor& lse, const at::Tensor& philox_state,
+void check_attention_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
                               const AttentionOptions<c10::SymInt>& options);
 
 void check_dropout_factors(const at::Tensor& philox_state, double dropout_p);

@@ -23,13 +23,14 @@ Tensor multi_head_attention(const Tensor& query, const Tensor& key, const Tensor
                             double dropout_p, bool is_causal, std::optional<double> scale,
                             const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                             SymInt window_left, SymInt window_right, SymInt query_offset,
-                            const OptionalTensor& query_offsets) {
+                            const OptionalTensor& query_offsets,
+                            const OptionalTensor& alibi_slopes) {
   static const auto op =
       ops::operator_handle<decltype(multi_head_attention)>("multi_head_attention");
   return op.call(query, key, value, std::move(num_heads), in_proj_weight, in_proj_bias,
                  out_proj_weight, out_proj_bias, score_weight, std::move(num_kv_heads), attn_mask,
                  dropout_p, is_causal, scale, key_lengths, key_starts, std::move(window_left),
-                 std::move(window_right), std::move(query_offset), query_offsets);
+                 std::move(window_right), std::move(query_offset), query_offsets, alibi_slopes);
 }
 
 namespace ops {
@@ -122,7 +123,7 @@ Tensor multi_head_attention_composite(
     std::optional<SymInt> num_kv_heads, const OptionalTensor& attn_mask, double dropout_p,
     bool is_causal, std::optional<double> scale, const OptionalTensor& key_lengths,
     const OptionalTensor& key_starts, SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
   TORCH_CHECK((query.dim() == 2 || query.dim() == 3) && key.dim() == query.dim() &&
                   value.dim() == query.dim(),
               "multi_head_attention: query, key and value must be (B, L, D) or (L, D) (got query=",
@@ -168,10 +169,12 @@ Tensor multi_head_attention_composite(
       score_weight.has_value()
           ? additive_attention(q, k, v, *score_weight, attn_mask, dropout_p, is_causal, scale,
                                grouped, key_lengths, key_starts, std::move(window_left),
-                               std::move(window_right), std::move(query_offset), query_offsets)
+                               std::move(window_right), std::move(query_offset), query_offsets,
+                               alibi_slopes)
           : dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped,
                                   key_lengths, key_starts, std::move(window_left),
-                                  std::move(window_right), std::move(query_offset), query_offsets);
+                                  std::move(window_right), std::move(query_offset), query_offsets,
+                                  alibi_slopes);
   const Tensor joined = attended.transpose(-3, -2).flatten(-2);  // (B, Lq, H Ev)
   const Tensor output = at::linear(joined, out_proj_weight, out_proj_bias);
   return query.dim() == 2 ? output.squeeze(0) : output;

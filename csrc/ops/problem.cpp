@@ -84,6 +84,14 @@ PreparedProblem prepare_problem(const AttentionTensors& t,
     p.mask = const_view(mask);
     for (int d = 0; d < 4; ++d) p.mask_size[d] = mask.size(d);
   }
+  if (t.alibi_slopes.has_value()) {
+    const Tensor& slopes = *t.alibi_slopes;
+    const kernels::ConstView slopes_view = const_view(slopes);
+    p.slopes = slopes_view.data;
+    p.slopes_dtype = kernel_dtype(slopes.scalar_type());
+    for (int d = 0; d < 2; ++d) p.slopes_stride[d] = slopes_view.stride[d];
+    for (int d = 0; d < 2; ++d) p.slopes_size[d] = slopes.size(d);
+  }
   p.key_lengths = index_pointer(t.key_lengths, prepared.key_lengths);
   p.key_starts = index_pointer(t.key_starts, prepared.key_starts);
   p.query_offsets = index_pointer(t.query_offsets, prepared.query_offsets);
@@ -104,7 +112,7 @@ ForwardResults empty_forward_results(const AttentionTensors& t, double dropout_p
           at::empty({dropout_p > 0 ? 2 : 0}, t.query.options().dtype(at::kLong))};
 }
 
-BackwardResults empty_backward_results(const AttentionTensors& t, bool attn_mask_grad) {
+BackwardResults empty_backward_results(const BackwardInputs& inputs, const AttentionTensors& t) {
   const auto like = [](const Tensor& x) {
     const c10::SymIntArrayRef sizes = x.sym_sizes();
     return empty_in_order_of(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
@@ -113,9 +121,12 @@ BackwardResults empty_backward_results(const AttentionTensors& t, bool attn_mask
     return wanted ? at::empty_symint(x->sym_sizes(), x->options())
                   : at::empty({0}, t.query.options());
   };
-  return {like(t.query), like(t.key), like(t.value),
+  return {like(t.query),
+          like(t.key),
+          like(t.value),
           contiguous_like(t.weight, t.weight.has_value()),
-          contiguous_like(t.attn_mask, attn_mask_grad)};
+          contiguous_like(t.attn_mask, inputs.attn_mask_grad),
+          contiguous_like(t.alibi_slopes, inputs.alibi_slopes_grad)};
 }
 
 kernels::AttentionForward forward_arguments(const PreparedProblem& prepared,
@@ -146,6 +157,9 @@ kernels::AttentionBackward backward_arguments(const PreparedProblem& prepared,
   }
   if (results.grad_attn_mask.numel() > 0) {
     arguments.grad_mask = results.grad_attn_mask.mutable_data_ptr();
+  }
+  if (results.grad_alibi_slopes.numel() > 0) {
+    arguments.grad_slopes = results.grad_alibi_slopes.mutable_data_ptr();
   }
   return arguments;
 }

@@ -24,21 +24,9 @@ PreparedProblem prepare_problem(const AttentionTensors& tensors,
                                 const AttentionOptions<int64_t>& options);
 
 // The tensors that the forward and backward operators return, shared by every backend and Meta.
-struct ForwardResults {
-  at::Tensor output;
-  at::Tensor lse;
-  at::Tensor philox_state;
-};
 ForwardResults empty_forward_results(const AttentionTensors& tensors, double dropout_p);
-
-struct BackwardResults {
-  at::Tensor grad_query;
-  at::Tensor grad_key;
-  at::Tensor grad_value;
-  at::Tensor grad_weight;
-  at::Tensor grad_attn_mask;
-};
-BackwardResults empty_backward_results(const AttentionTensors& tensors, bool attn_mask_grad);
+BackwardResults empty_backward_results(const BackwardInputs& inputs,
+                                       const AttentionTensors& tensors);
 
 // What the kernels read and write, as pointers into the results above.
 kernels::AttentionForward forward_arguments(const PreparedProblem& prepared,

@@ -16,13 +16,14 @@ const std::string sdpa_arguments =
     "bool enable_gqa=False, ";
 const std::string shared_tail =
     "Tensor? key_lengths=None, Tensor? key_starts=None, SymInt window_left=-1, "
-    "SymInt window_right=-1, SymInt query_offset=0, Tensor? query_offsets=None";
+    "SymInt window_right=-1, SymInt query_offset=0, Tensor? query_offsets=None, "
+    "Tensor? alibi_slopes=None";
 
 // What the forward and backward layers get: no is_causal (it is window_right = 0) and no GQA flag
 // (it is read off the head counts).
 const std::string canonical_inputs =
     "Tensor query, Tensor key, Tensor value, Tensor? weight, Tensor? attn_mask, "
-    "Tensor? key_lengths, Tensor? key_starts, Tensor? query_offsets";
+    "Tensor? key_lengths, Tensor? key_starts, Tensor? query_offsets, Tensor? alibi_slopes";
 const std::string canonical_options =
     "float? scale, float dropout_p, SymInt window_left, SymInt window_right, SymInt query_offset";
 
@@ -66,8 +67,9 @@ TORCH_LIBRARY(torch_selfattn, library) {
       random_tags);
   def("_attention_backward(Tensor grad_output, Tensor? grad_lse, " + canonical_inputs +
           ", Tensor output, Tensor lse, Tensor philox_state, " + canonical_options +
-          ", bool attn_mask_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-          "Tensor grad_weight, Tensor grad_attn_mask)",
+          ", bool attn_mask_grad, bool alibi_slopes_grad) -> (Tensor grad_query, Tensor grad_key, "
+          "Tensor grad_value, Tensor grad_weight, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes)",
       tags);
   def("_attention_dropout_factors(Tensor philox_state, SymInt batch, SymInt heads, "
       "SymInt query_length, SymInt key_length, float dropout_p, ScalarType dtype) -> Tensor",

@@ -37,6 +37,7 @@ def reference_attention(
     window_right: int = -1,
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and weights (before dropout) in float64, differentiable to any order."""
     query, key, value = query.double(), key.double(), value.double()
@@ -66,6 +67,9 @@ def reference_attention(
     i = torch.arange(query.shape[-2], device=query.device)[:, None] + query_offset
     if query_offsets is not None:
         i = i + per_sample(query_offsets)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.double() if rank > 3 else alibi_slopes.double()[..., 0]
+        scores = scores - slopes[..., None, None] * (i - j).abs()
     if is_causal:
         allowed = allowed & (j <= i)
     if window_left >= 0:
@@ -154,6 +158,8 @@ class Problem:
     key_starts: Any = None
     query_offsets: Any = None
     index_dtype: torch.dtype = torch.int64
+    slopes: Shape | None = None  # of alibi_slopes
+    slopes_dtype: torch.dtype | None = None  # that of query by default
     options: dict[str, Any] = field(default_factory=dict)
     large: bool = False  # too large for gradcheck, which costs a call per input element
     magnitude: float = 1.0  # standard deviation of query, key, value
@@ -208,6 +214,11 @@ class Problem:
         for name in ("key_lengths", "key_starts", "query_offsets"):
             if getattr(self, name) is not None:
                 arguments[name] = index(getattr(self, name))
+        if self.slopes is not None:
+            # Of both signs, and biases of size 1 or so, as the scores.
+            distance = max(self.query[-2], self.key[-2]) + abs(self.options.get("query_offset", 0))
+            slopes = randn(self.slopes) * min(0.5, 3.0 / max(distance, 1))
+            arguments["alibi_slopes"] = slopes.to(device, self.slopes_dtype or dtype)
         return arguments | self.options
 
     def _mask(self, randn: Any, dtype: torch.dtype) -> Tensor:
@@ -322,6 +333,26 @@ def _list() -> list[Problem]:
         large=True)  # fmt: skip
     add("long bool mask", (2, 2, 40, 8), (2, 2, 70, 8), (2, 2, 70, 8),
         mask=Mask("bool", (2, 1, 40, 70)), large=True)  # fmt: skip
+    # ALiBi.
+    add("slopes", q, k, v, slopes=(2,))
+    add("slopes per sample", q, k, v, slopes=(2, 2))
+    add("float32 slopes", q, k, v, slopes=(2,), slopes_dtype=torch.float32)
+    add("slopes, causal", q, (2, 2, 4, 3), (2, 2, 4, 2), slopes=(2,), is_causal=True)
+    add("slopes, offsets", q, k, v, slopes=(2, 2), query_offset=-2, query_offsets=[3, -5])
+    add("slopes, before the keys", q, k, v, slopes=(2,), query_offset=-10)
+    add("slopes, mask, window, lengths, groups", (2, 4, 4, 3), k, v, mask=Mask("float", (4, 1, 5)),
+        slopes=(2, 4), window_left=2, key_lengths=[5, 3], query_offsets=[0, 1],
+        enable_gqa=True)  # fmt: skip
+    add("slopes, bool mask", q, k, v, slopes=(2,), mask=Mask("bool", (2, 1, 4, 5)))
+    add("slopes, broadcast heads", (2, 1, 4, 3), k, (1, 2, 5, 2), slopes=(2,))
+    add("slopes, 2-D", q[2:], k[2:], v[2:], slopes=(1,))
+    add("slopes, 3-D", q[1:], k[1:], v[1:], slopes=(2, 1))
+    add("slopes, 5-D", (2, 1, 2, 4, 3), (1, 3, 2, 5, 3), (2, 3, 2, 5, 2), slopes=(2, 3, 2))
+    add("slopes, dropout", q, k, v, slopes=(2,), dropout_p=0.4)
+    add("slopes, one query, long", (1, 2, 1, 64), (1, 2, 300, 64), (1, 2, 300, 64), slopes=(2,),
+        query_offset=299, large=True)  # fmt: skip
+    add("long slopes", (2, 2, 67, 8), (2, 2, 76, 8), (2, 2, 76, 8), slopes=(2,),
+        is_causal=True, query_offset=9, large=True)  # fmt: skip
     # Dropout.
     add("dropout", q, k, v, dropout_p=0.4)
     add("dropout and mask", q, k, v, dropout_p=0.3, mask=Mask("float", (4, 5)))
@@ -336,6 +367,10 @@ def _list() -> list[Problem]:
     add("zero keys", q, (2, 2, 0, 3), (2, 2, 0, 2))
     add("zero head dim", (2, 2, 4, 0), (2, 2, 5, 0), v)
     add("zero value dim", q, k, (2, 2, 5, 0))
+    add("slopes, zero heads", (2, 0, 4, 3), (2, 0, 5, 3), (2, 0, 5, 2), slopes=(0,))
+    add("slopes, zero queries", (2, 2, 0, 3), k, v, slopes=(2,))
+    add("slopes, zero keys", q, (2, 2, 0, 3), (2, 2, 0, 2), slopes=(2, 2))
+    add("slopes, zero head dim", (2, 2, 4, 0), (2, 2, 5, 0), v, slopes=(2,))
     # Scores far from 0: the softmax is nearly one-hot.
     add("large scores", (1, 2, 9, 8), (1, 2, 11, 8), (1, 2, 11, 8), magnitude=4.0, large=True)
     return problems
@@ -355,6 +390,7 @@ FEW = [
     "bool mask (4, 5)",
     "mask, window, lengths, groups",
     "query offsets",
+    "slopes, mask, window, lengths, groups",
     "dropout and mask",
 ]
-FEWEST = ["3-D", "mask, window, lengths, groups", "dropout and mask"]
+FEWEST = ["3-D", "slopes, mask, window, lengths, groups", "dropout and mask"]

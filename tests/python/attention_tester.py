@@ -107,6 +107,7 @@ class AttentionTester(CompilerTester):
                 (batch, 2, keys, 6),
                 (batch, 2, keys, 3),
                 mask=Mask("float", (batch, 1, queries, keys), holes=False),
+                slopes=(batch, 4),
                 key_lengths=list(range(1, batch + 1)),
                 options={"enable_gqa": True, "window_left": 6},
             ).arguments(self.score, torch.float32)
@@ -120,6 +121,7 @@ class AttentionTester(CompilerTester):
             (1, 1, 3, 2),
             (1, 1, 3, 2),
             mask=Mask("float", (2, 3), holes=False),
+            slopes=(2,),
             options={"enable_gqa": True, "window_right": 1},
         )
         return problem.arguments(self.score)
@@ -451,6 +453,8 @@ class AttentionTester(CompilerTester):
             key_lengths=index(0, keys),
             key_starts=index(0, keys),
             query_offsets=index(-4, 4),
+            slopes=data.draw(st.sampled_from([None, (heads,), (batch, heads)])),
+            slopes_dtype=data.draw(st.sampled_from([None, torch.float32])),
             options={
                 "enable_gqa": True,
                 "window_left": data.draw(st.integers(-1, 6)),

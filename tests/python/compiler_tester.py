@@ -115,7 +115,8 @@ class CompilerTester(OperatorTester):
         tensors, join = self.split(arguments)
         with torch.autocast("cpu", dtype=dtype16):
             got = self.results(arguments)
-        cast = join([x if x is arguments.get("attn_mask") else x.to(dtype16) for x in tensors])
+        kept = [arguments.get(name) for name in ("attn_mask", "alibi_slopes")]
+        cast = join([x if any(x is y for y in kept) else x.to(dtype16) for x in tensors])
         want = self.results(cast)
         outputs = len(self.output_names())
         assert got[0].dtype == dtype16

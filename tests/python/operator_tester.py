@@ -296,7 +296,9 @@ class OperatorTester(ABC):
                 self.check(join(laid), dtype, implementation)
 
     test_layouts.problems = lambda tester: [
-        p for p in tester.problems if p.name in ("float mask (2, 2, 4, 5)", "float mask")
+        p
+        for p in tester.problems
+        if p.name in ("float mask (2, 2, 4, 5)", "float mask", "slopes per sample")
     ]
 
     def test_deterministic(self, problem, device, implementation):
@@ -315,17 +317,21 @@ class OperatorTester(ABC):
 
     numbers_of_threads: ClassVar[tuple[int, ...]] = (2, 3, 5)
     test_deterministic.problems = lambda tester: [
-        p for p in tester.problems if p.name in ("long mask", "long dropout", "larger")
+        p
+        for p in tester.problems
+        if p.name in ("long mask", "long slopes", "long dropout", "larger")
     ]
 
     # Gradients. gradcheck compares with finite differences in float64, element by element.
 
     def gradient_problems(self) -> list[Problem]:
-        return [
-            p
-            for p in self.problems
-            if not (p.large or p.empty or (p.mask and p.mask.kind == "float32"))
-        ]
+        return [p for p in self.problems if not (p.large or p.empty or self.has_float32(p))]
+
+    @staticmethod
+    def has_float32(problem: Problem) -> bool:
+        """Whether a tensor is float32 beside float64 ones."""
+        mask = problem.mask is not None and problem.mask.kind == "float32"
+        return mask or getattr(problem, "slopes_dtype", None) == torch.float32
 
     def test_gradcheck(self, problem):
         f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))

@@ -28,6 +28,7 @@ class WeightsTester(CompilerTester):
         "key batch broadcast",
         "float mask (2, 1, 1, 5)",
         "query offsets",
+        "slopes, mask, window, lengths, groups",
     ]
 
     def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments:
@@ -51,6 +52,8 @@ class WeightsTester(CompilerTester):
         "float mask (2, 1, 1, 5)",
         "bool mask (1, 2, 4, 1)",
         "mask, window, lengths, groups",
+        "slopes per sample",
+        "slopes, mask, window, lengths, groups",
     )
 
     def reference(self, arguments: Arguments, dropout_factors: Tensor | None) -> Any:
@@ -73,6 +76,7 @@ class WeightsTester(CompilerTester):
                     (batch, 2, keys, 6),
                     (batch, 2, keys, 6),
                     mask=Mask("float", (batch, 1, queries, keys), holes=False),
+                    slopes=(batch, 4),
                     options={"enable_gqa": True, "window_left": 6},
                 ),
                 torch.float32,
@@ -99,6 +103,7 @@ class WeightsTester(CompilerTester):
             (1, 1, 3, 2),
             (1, 1, 3, 2),
             mask=Mask("float", (3, 3), holes=False),
+            slopes=(2,),
             options={"enable_gqa": True, "window_right": 1},
         )
         return self.arguments(problem, torch.float64, "cpu") | {"rows": torch.tensor([2, 0])}

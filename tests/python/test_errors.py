@@ -175,6 +175,32 @@ WRONG = {
         )
         for name in ("key_lengths", "key_starts", "query_offsets")
     },
+    "slopes heads": Wrong(
+        RuntimeError,
+        "alibi_slopes must have the shape [4] or [2, 4] (got alibi_slopes=[3])",
+        {"alibi_slopes": zeros(3)},
+    ),
+    "slopes batch": Wrong(
+        RuntimeError,
+        "alibi_slopes must have the shape [4] or [2, 4] (got alibi_slopes=[3, 4])",
+        {"alibi_slopes": zeros(3, 4)},
+    ),
+    "slopes rank": Wrong(
+        RuntimeError,
+        "alibi_slopes must have the shape [4] or [2, 4] (got alibi_slopes=[1, 2, 4])",
+        {"alibi_slopes": zeros(1, 2, 4)},
+    ),
+    "one slope": Wrong(
+        RuntimeError,
+        "alibi_slopes must have the shape [4] or [2, 4] (got alibi_slopes=[])",
+        {"alibi_slopes": zeros()},
+    ),
+    "slopes dtype": Wrong(
+        RuntimeError,
+        "alibi_slopes must be float32 or have the dtype of query (got query=float, "
+        "alibi_slopes=double)",
+        {"alibi_slopes": zeros(4, dtype=torch.float64)},
+    ),
     "key_lengths too large": Wrong(
         ValueError,
         "key_lengths must be between 0 and the key length (got key_lengths[1]=6, key length 5)",
@@ -403,8 +429,8 @@ def inner(**changes: Any) -> tuple[list[Any], list[Any]]:
     t: dict[str, Any] = {
         "query": zeros(2, 4, 3, 8), "key": zeros(2, 2, 5, 8), "value": zeros(2, 2, 5, 6),
         "weight": zeros(1, 4, 8), "attn_mask": zeros(1, 1, 3, 5), "key_lengths": index(1, 2),
-        "key_starts": None, "query_offsets": None, "scale": None, "dropout_p": 0.0,
-        "window_left": -1, "window_right": -1, "query_offset": 0,
+        "key_starts": None, "query_offsets": None, "alibi_slopes": zeros(1, 4), "scale": None,
+        "dropout_p": 0.0, "window_left": -1, "window_right": -1, "query_offset": 0,
     }  # fmt: skip
     b: dict[str, Any] = {
         "grad_output": zeros(2, 4, 3, 6), "grad_lse": zeros(2, 4, 3), "output": zeros(2, 4, 3, 6),
@@ -413,8 +439,8 @@ def inner(**changes: Any) -> tuple[list[Any], list[Any]]:
     for name, value in changes.items():
         (t if name in t else b)[name] = value
     forward = list(t.values())
-    backward = [b["grad_output"], b["grad_lse"], *forward[:8], b["output"], b["lse"],
-                b["philox_state"], *forward[8:], True]  # fmt: skip
+    backward = [b["grad_output"], b["grad_lse"], *forward[:9], b["output"], b["lse"],
+                b["philox_state"], *forward[9:], True, True]  # fmt: skip
     return forward, backward
 
 
@@ -453,6 +479,10 @@ INNER = {
     "key_lengths": (
         {"key_lengths": index(1, 2, 3)},
         "key_lengths must have the shape [2] (got key_lengths=[3])",
+    ),
+    "slopes": (
+        {"alibi_slopes": zeros(4)},
+        "alibi_slopes must be broadcastable to [2, 4] (got alibi_slopes=[4])",
     ),
 }
 INNER_BACKWARD = {

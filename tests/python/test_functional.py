@@ -48,6 +48,12 @@ OPTIONS = {
     "window right": {"window_right": 1},
     "window and offset": {"window_left": 1, "window_right": 2, "query_offset": 2},
     "offsets": {"is_causal": True, "query_offset": 1, "query_offsets": torch.tensor([0, 2])},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, -0.3], dtype=torch.float64)},
+    "slopes and offsets": {
+        "alibi_slopes": torch.linspace(-0.5, 0.5, B * H).view(B, H),
+        "query_offset": 1,
+        "query_offsets": torch.tensor([0, 2]),
+    },
 }
 
 
@@ -303,6 +309,7 @@ def test_autocast_compiled() -> None:
         ("attn_mask", 1), ("dropout_p", "0"), ("is_causal", "no"), ("scale", "1"),
         ("enable_gqa", "no"), ("key_lengths", 1), ("key_starts", 1), ("window_left", "-1"),
         ("window_right", None), ("query_offset", "0"), ("query_offsets", 1),
+        ("alibi_slopes", 1),
     ],
 )  # fmt: skip
 def test_wrong_types_are_refused_beside_defaults(score, name, value):
@@ -326,3 +333,43 @@ def test_a_plain_call_may_have_a_symbolic_offset():
     for offset in (5, 0, 1, -3):
         with torch.compiler.set_stance("default" if offset == 5 else "fail_on_recompile"):
             assert torch.equal(compiled(x, offset), want)
+
+
+def test_slopes_are_those_of_the_paper() -> None:
+    """alibi_slopes against the paper's own code."""
+
+    def power_of_two(n: int) -> list[float]:
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    def get_slopes(n: int) -> list[float]:
+        if math.log2(n).is_integer():
+            return power_of_two(n)
+        closest = 2 ** math.floor(math.log2(n))
+        return power_of_two(closest) + get_slopes(2 * closest)[0::2][: n - closest]
+
+    scripted = torch.jit.script(torch_selfattn.alibi_slopes)
+    for heads in (*range(1, 34), 40, 64, 71, 112):
+        want = torch.tensor(get_slopes(heads), dtype=torch.float64)
+        for function in (torch_selfattn.alibi_slopes, scripted):
+            got = function(heads, dtype=torch.float64)
+            torch.testing.assert_close(got, want, atol=0, rtol=1e-14)
+            assert torch.equal(function(heads), got.float())
+    with pytest.raises(ValueError, match=r"num_heads must be positive \(got num_heads=0\)"):
+        torch_selfattn.alibi_slopes(0)
+
+
+def test_slopes_of_causal_attention_are_the_original_ones() -> None:
+    """slope * j, as in the paper, differs by a constant of the row, which only lse shows."""
+    q, k, v, _ = problem()
+    slopes = torch_selfattn.alibi_slopes(H)
+    out, lse = functional.dot_product_attention_with_lse(
+        q, k, v, is_causal=True, query_offset=LK - LQ, alibi_slopes=slopes
+    )
+    bias = slopes[:, None, None] * torch.arange(LK)
+    original, shifted = functional.dot_product_attention_with_lse(
+        q, k, v, bias, window_right=0, query_offset=LK - LQ
+    )
+    torch.testing.assert_close(out, original, atol=1e-12, rtol=1e-12)
+    position = torch.arange(LQ) + LK - LQ
+    torch.testing.assert_close(lse, shifted - slopes[:, None] * position, atol=1e-12, rtol=1e-12)

@@ -13,14 +13,15 @@ PROGRAM = """
 import json, resource, sys
 import torch, torch_selfattn
 torch.set_num_threads(2)
-op, heads, length, dim = sys.argv[1], *map(int, sys.argv[2:])
+op, heads, length, dim, alibi = sys.argv[1], *map(int, sys.argv[2:])
 
 def run(length):
     q, k, v = (torch.randn(1, heads, length, dim, requires_grad=True) for _ in range(3))
     inputs = [q, k, v] + ([torch.randn(heads, dim, requires_grad=True)] if "additive" in op else [])
-    out = getattr(torch_selfattn, op)(*inputs)
+    slopes = torch.full((heads,), 0.01, requires_grad=True) if alibi else None
+    out = getattr(torch_selfattn, op)(*inputs, alibi_slopes=slopes)
     grad = torch.ones_like(out)
-    grads = torch.autograd.grad(out, inputs, grad)
+    grads = torch.autograd.grad(out, inputs + [slopes] * alibi, grad)
     return sum(x.numel() * 4 for x in (*inputs, out, grad, *grads))
 
 run(64)
@@ -36,9 +37,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def measure(op: str, heads: int, length: int, dim: int) -> dict[str, int]:
+def measure(op: str, heads: int, length: int, dim: int, alibi: bool = False) -> dict[str, int]:
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, op, *map(str, (heads, length, dim))],
+        [sys.executable, "-c", PROGRAM, op, *map(str, (heads, length, dim, int(alibi)))],
         capture_output=True,
         text=True,
         check=True,
@@ -46,13 +47,14 @@ def measure(op: str, heads: int, length: int, dim: int) -> dict[str, int]:
     return json.loads(run.stdout)
 
 
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "slopes"])
 @pytest.mark.parametrize("op", ["dot_product_attention", "additive_attention"])
-def test_linear_in_the_length(op):
+def test_linear_in_the_length(op, alibi):
     """One head, where splitting the keys between threads costs most: at each length no more than
     three times inputs, output and gradients, and 2 MiB for the allocator. A matrix of Lq * Lk alone
     would be 4, 16 and 64 MiB beside 2, 4.5 and 9."""
     for length in (1024, 2048, 4096):
-        found = measure(op, 1, length, 64)
+        found = measure(op, 1, length, 64, alibi)
         assert found["peak"] <= 3 * found["needed"] + 2 * MEBI, (length, found)
 
 

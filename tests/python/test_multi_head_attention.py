@@ -30,6 +30,7 @@ class MultiHeadProblem:
     bias: bool = True
     additive: bool = False
     mask: Mask | None = None
+    slopes: tuple[int, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     large: bool = False
     empty: bool = False
@@ -85,6 +86,8 @@ class MultiHeadProblem:
             closed = randn(*self.mask.shape) < -0.7
             bias = randn(*self.mask.shape).masked_fill(closed, float("-inf"))
             arguments["attn_mask"] = ~closed if self.mask.kind == "bool" else bias
+        if self.slopes is not None:
+            arguments["alibi_slopes"] = randn(*self.slopes)
         return arguments | self.options
 
 
@@ -109,6 +112,11 @@ PROBLEMS = [
     MultiHeadProblem(
         "lengths", options={"key_lengths": torch.tensor([4, 0]), "key_starts": torch.tensor([1, 0])}
     ),
+    MultiHeadProblem("slopes", "self", slopes=(2,), options={"query_offset": -2}),
+    MultiHeadProblem(
+        "slopes, grouped, additive", heads=4, kv_heads=2, additive=True, slopes=(2, 4)
+    ),
+    MultiHeadProblem("slopes, no batch", batch=0, slopes=(2,)),
     MultiHeadProblem("dropout", options={"dropout_p": 0.4}),
     MultiHeadProblem("larger", "self", queries=33, embed_dim=24, heads=3, large=True),
     MultiHeadProblem("zero batch", batch=0, queries=0, keys=3, empty=True),
@@ -119,7 +127,9 @@ PROBLEMS = [
 class TestMultiHeadAttention(CompilerTester):
     op = "multi_head_attention"
     problems: ClassVar[list[Any]] = PROBLEMS
-    few: ClassVar[list[str]] = ["self", "three weights", "additive, self, grouped", "float mask"]
+    few: ClassVar[list[str]] = [
+        "self", "three weights", "additive, self, grouped", "float mask", "slopes",
+    ]  # fmt: skip
     fewest: ClassVar[list[str]] = ["self", "dropout"]
 
     def arguments(self, problem: MultiHeadProblem, dtype: torch.dtype, device: str) -> Arguments:
@@ -144,8 +154,10 @@ class TestMultiHeadAttention(CompilerTester):
             return x.unflatten(-1, (-1, dim)).transpose(-3, -2)
 
         q, k, v = (project(which) for which in range(3))
-        if dropout_factors is not None and q.dim() == 3:
-            dropout_factors = dropout_factors[0]
+        if q.dim() == 3:  # without a batch: the heads are samples of one head
+            dropout_factors = None if dropout_factors is None else dropout_factors[0]
+            if "alibi_slopes" in a:
+                a["alibi_slopes"] = a["alibi_slopes"][:, None]
         out = reference_attention(
             q, k, v, score_weight, dropout_factors=dropout_factors, enable_gqa=True, **a
         )[0]

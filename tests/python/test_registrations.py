@@ -13,12 +13,21 @@ V, B, H, HK, L, E, EV = 3, 2, 4, 2, 5, 4, 3
 
 # Of each argument, where the vmapped dimension stands; None: the same for all samples.
 IN_DIMS = {
-    "all": {"query": 0, "key": 0, "value": 0, "weight": 0, "attn_mask": 0, "key_lengths": 0},
+    "all": {
+        "query": 0,
+        "key": 0,
+        "value": 0,
+        "weight": 0,
+        "attn_mask": 0,
+        "key_lengths": 0,
+        "alibi_slopes": 0,
+    },
     "query": {"query": 0},
     "key and value": {"key": 1, "value": -1},
     "weight": {"weight": 1},
     "mask": {"attn_mask": 2},
     "lengths": {"key_lengths": 1},
+    "slopes": {"alibi_slopes": 1},
     "weight and lengths": {"weight": 0, "key_lengths": 0},
 }
 
@@ -30,6 +39,7 @@ def arguments(dims: dict[str, int], mask_batch: int = B) -> dict[str, torch.Tens
         "value": (B, HK, L, EV),
         "weight": (H, E),
         "attn_mask": (mask_batch, 1, L, L),
+        "alibi_slopes": (H,) if mask_batch == 1 else (B, H),
     }
     made = {}
     for name, shape in shapes.items():
@@ -41,10 +51,11 @@ def arguments(dims: dict[str, int], mask_batch: int = B) -> dict[str, torch.Tens
     return made
 
 
-def attend(query, key, value, weight, attn_mask, key_lengths, dropout_p: float = 0.0):
+def attend(query, key, value, weight, attn_mask, alibi_slopes, key_lengths):
     return functional.additive_attention(
-        query, key, value, weight, attn_mask, dropout_p, enable_gqa=True, key_lengths=key_lengths
-    )
+        query, key, value, weight, attn_mask, enable_gqa=True, key_lengths=key_lengths,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
 
 
 def by_loop(f, made: dict, dims: dict):
@@ -75,18 +86,19 @@ def test_backward_operator(name: str, mask_batch: int, weight_rank: int) -> None
     """The gradients of each sample, also of what all samples share."""
     dims = IN_DIMS[name]
     made = arguments(dims, mask_batch)
-    floating = ("query", "key", "value", "weight", "attn_mask")
+    floating = ("query", "key", "value", "weight", "attn_mask", "alibi_slopes")
 
     def inner(made: dict, grad: torch.Tensor):
         weight = made["weight"] if weight_rank == 2 else made["weight"][None]
+        slopes = made["alibi_slopes"]
         tensors = (
             made["query"], made["key"], made["value"], weight, made["attn_mask"],
-            made["key_lengths"], None, None,
+            made["key_lengths"], None, None, slopes[None] if mask_batch == 1 else slopes,
         )  # fmt: skip
         numbers = (None, 0.0, -1, -1, 0)
         saved = torch.ops.torch_selfattn._attention_forward(*tensors, *numbers)
         return torch.ops.torch_selfattn._attention_backward(
-            grad, None, *tensors, *saved, *numbers, True
+            grad, None, *tensors, *saved, *numbers, True, True
         )
 
     grad = torch.randn(B, H, L, EV, dtype=torch.float64)
@@ -101,6 +113,8 @@ def test_backward_operator(name: str, mask_batch: int, weight_rank: int) -> None
     expected = [torch.stack(g) for g in zip(*by_loop(by_autograd, made, dims), strict=True)]
     if weight_rank == 3:
         expected[3] = expected[3][:, None]
+    if mask_batch == 1:
+        expected[5] = expected[5][:, None]
     torch.testing.assert_close(list(ours), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -129,14 +143,15 @@ def test_gradient_through_vmap() -> None:
     made = arguments({"query": 0})
     query = made["query"].requires_grad_()
     weight = made["weight"].requires_grad_()
-    f = torch.vmap(lambda q: attend(q, made["key"], made["value"], weight, made["attn_mask"], None))
-    out = f(query)
-    grads = torch.autograd.grad(out.square().sum(), (query, weight))
-    loop = sum(
-        attend(q, made["key"], made["value"], weight, made["attn_mask"], None).square().sum()
-        for q in query
-    )
-    torch.testing.assert_close(grads, torch.autograd.grad(loop, (query, weight)))
+    slopes = made["alibi_slopes"].requires_grad_()
+
+    def f(q: torch.Tensor) -> torch.Tensor:
+        return attend(q, made["key"], made["value"], weight, made["attn_mask"], slopes, None)
+
+    out = torch.vmap(f)(query)
+    grads = torch.autograd.grad(out.square().sum(), (query, weight, slopes))
+    loop = sum(f(q).square().sum() for q in query)
+    torch.testing.assert_close(grads, torch.autograd.grad(loop, (query, weight, slopes)))
 
 
 def dropped(x: torch.Tensor) -> torch.Tensor:
@@ -237,16 +252,16 @@ def test_backward_operator_regenerates_the_dropout_of_its_forward(how: str) -> N
     grad = torch.eye(L, dtype=torch.float64).expand(V, B, H, L, L)
 
     def both(query, value, grad):
-        tensors = (query, query, value, None, None, None, None, None)
+        tensors = (query, query, value, None, None, None, None, None, None)
         saved = forward(*tensors, *numbers)
-        return saved[0], backward(grad, None, *tensors, *saved, *numbers, False)[2]
+        return saved[0], backward(grad, None, *tensors, *saved, *numbers, False, False)[2]
 
     if how == "unfolded":
-        tensors = (query[0], query[0], value[0], None, None, None, None, None)
+        tensors = (query[0], query[0], value[0], None, None, None, None, None, None)
         saved = forward(*tensors, *numbers)
         out = saved[0].expand(V, B, H, L, L)
         (_, _, grad_value, *_) = torch.vmap(
-            lambda g: backward(g, None, *tensors, *saved, *numbers, False)
+            lambda g: backward(g, None, *tensors, *saved, *numbers, False, False)
         )(grad)
     else:
         out, grad_value = torch.vmap(both, randomness=how)(query, value, grad)

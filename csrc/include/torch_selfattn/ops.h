@@ -23,6 +23,8 @@ namespace torch_selfattn {
 // broadcastable to (..., H, Lq, Lk). key_starts[b] <= j < key_lengths[b]: integer tensors (B).
 // window_left, window_right: how many keys before and after its own position a query sees, -1 =
 // all; the position of query i is i + query_offset + query_offsets[b].
+// alibi_slopes: (H) or (..., H), float32 or of the dtype of query, differentiable: adds
+// -slope * |position of the query - j| to the score (Press et al., 2022).
 TORCH_SELFATTN_API at::Tensor dot_product_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& attn_mask = std::nullopt, double dropout_p = 0.0,
@@ -30,7 +32,8 @@ TORCH_SELFATTN_API at::Tensor dot_product_attention(
     const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // Also the log-sum-exp of the scores of each row, (..., H, Lq), float32 (float64 for float64
 // inputs), differentiable; -inf for a row without a key.
@@ -41,7 +44,8 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> dot_product_attention_with
     const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // Score scale * sum_d weight[h, d] * tanh(query[i, d] + key[j, d]), scale 1 by default;
 // weight (E) or (H, E), with gradient. (Bahdanau et al., 2015.)
@@ -52,7 +56,8 @@ TORCH_SELFATTN_API at::Tensor additive_attention(
     bool enable_gqa = false, const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_lse(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -61,7 +66,8 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_ls
     bool enable_gqa = false, const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // Chosen rows of the weight matrix softmax(...), without forming the others: (..., heads, rows,
 // Lk). weight: None for the dot-product score, (E) or (H, E) for the additive one. rows: int64 (R)
@@ -76,7 +82,8 @@ TORCH_SELFATTN_API at::Tensor attention_weights(
     const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // In-projection, attention, out-projection.
 //   query (B, Lq, Dq), key (B, Lk, Dk), value (B, Lk, Dv), or without B -> (B, Lq, Do)
@@ -95,7 +102,8 @@ TORCH_SELFATTN_API at::Tensor multi_head_attention(
     const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // Which implementation runs this call and why the ones before it in the list do not, as text.
 TORCH_SELFATTN_API std::string explain(
@@ -106,7 +114,8 @@ TORCH_SELFATTN_API std::string explain(
     const std::optional<at::Tensor>& key_lengths = std::nullopt,
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
-    const std::optional<at::Tensor>& query_offsets = std::nullopt);
+    const std::optional<at::Tensor>& query_offsets = std::nullopt,
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // The implementation that every attention call of the process must use; empty: the best one.
 TORCH_SELFATTN_API std::string forced_implementation();

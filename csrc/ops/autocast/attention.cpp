@@ -1,7 +1,7 @@
-#include "ops/attention.h"
-
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
+
+#include "ops/attention_kernel.h"
 
 namespace torch_selfattn::ops {
 
@@ -10,36 +10,42 @@ namespace {
 using at::Tensor;
 
 // Lower precision under autocast, statistics stay float32. Only the forward operator needs it:
-// backward runs on saved tensors that are already cast. A floating mask keeps its dtype if that is
-// float32, which the kernels read as it is. (The key `Autocast` would mean AutocastCUDA only.)
+// backward runs on saved tensors that are already cast. A floating mask and ALiBi slopes keep their
+// dtype if that is float32, which the kernels read as it is. (The key `Autocast` would mean
+// AutocastCUDA only.)
 template <c10::DispatchKey dispatch_key, c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> attention_forward_autocast(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, c10::SymInt window_left,
-    c10::SymInt window_right, c10::SymInt query_offset) {
+ForwardResults attention_forward_autocast(const AttentionTensors& t,
+                                          const AttentionOptions<c10::SymInt>& options) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(dispatch_key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [dtype](const auto& x) { return at::autocast::cached_cast(dtype, x, device); };
-  const bool cast_mask = attn_mask.has_value() && attn_mask->is_floating_point() &&
-                         attn_mask->scalar_type() != at::kFloat;
-  return attention_forward(cast(query), cast(key), cast(value), cast(weight),
-                           cast_mask ? cast(attn_mask) : attn_mask, key_lengths, key_starts,
-                           query_offsets, scale, dropout_p, std::move(window_left),
-                           std::move(window_right), std::move(query_offset));
+  const auto cast_bias = [&](const OptionalTensor& x) {
+    const bool keep = !x.has_value() || !x->is_floating_point() || x->scalar_type() == at::kFloat;
+    return keep ? x : cast(x);
+  };
+  const Tensor query = cast(t.query);
+  const Tensor key = cast(t.key);
+  const Tensor value = cast(t.value);
+  const OptionalTensor weight = cast(t.weight);
+  const OptionalTensor attn_mask = cast_bias(t.attn_mask);
+  const OptionalTensor alibi_slopes = cast_bias(t.alibi_slopes);
+  return attention_forward({query, key, value, weight, attn_mask, t.key_lengths, t.key_starts,
+                            t.query_offsets, alibi_slopes},
+                           options);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCPU, m) {
   m.impl("_attention_forward",
-         &attention_forward_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+         TORCH_FN((AttentionKernel<attention_forward_autocast<c10::DispatchKey::AutocastCPU,
+                                                              c10::DeviceType::CPU>>::call)));
 }
 
 TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCUDA, m) {
   m.impl("_attention_forward",
-         &attention_forward_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+         TORCH_FN((AttentionKernel<attention_forward_autocast<c10::DispatchKey::AutocastCUDA,
+                                                              c10::DeviceType::CUDA>>::call)));
 }
 
 }  // namespace torch_selfattn::ops

@@ -1,11 +1,10 @@
-#include "ops/attention.h"
-
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/attention_kernel.h"
 #include "ops/autograd/composed_attention.h"
 #include "ops/autograd/graph.h"
 
@@ -56,14 +55,17 @@ OptionalTensor or_nothing(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
-// The saved tensors of both nodes begin alike.
-constexpr size_t kTensors = 8;
+// The tensors of a problem that are differentiable come first: in a node's arguments, in what it
+// saves, and in what it returns.
+constexpr size_t kDifferentiable = 6;
+constexpr size_t kTensors = 9;
 variable_list list_tensors(const AttentionTensors& t) {
   return {t.query,
           t.key,
           t.value,
           or_undefined(t.weight),
           or_undefined(t.attn_mask),
+          or_undefined(t.alibi_slopes),
           or_undefined(t.key_lengths),
           or_undefined(t.key_starts),
           or_undefined(t.query_offsets)};
@@ -76,74 +78,92 @@ struct SavedTensors {
         value(saved[2]),
         weight(or_nothing(saved[3])),
         attn_mask(or_nothing(saved[4])),
-        key_lengths(or_nothing(saved[5])),
-        key_starts(or_nothing(saved[6])),
-        query_offsets(or_nothing(saved[7])) {}
+        alibi_slopes(or_nothing(saved[5])),
+        key_lengths(or_nothing(saved[6])),
+        key_starts(or_nothing(saved[7])),
+        query_offsets(or_nothing(saved[8])) {}
 
   AttentionTensors tensors() const {
-    return {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets};
+    return {query,       key,        value,         weight,      attn_mask,
+            key_lengths, key_starts, query_offsets, alibi_slopes};
   }
 
   Tensor query, key, value;
-  OptionalTensor weight, attn_mask, key_lengths, key_starts, query_offsets;
+  OptionalTensor weight, attn_mask, alibi_slopes, key_lengths, key_starts, query_offsets;
 };
+
+// f(the differentiable tensors of a problem).
+template <typename Function>
+auto with_differentiable(const AttentionTensors& t, const Function& f) {
+  return f(t.query, t.key, t.value, t.weight, t.attn_mask, t.alibi_slopes);
+}
+
+// Which of the optional gradients somebody waits for: the edges of these arguments.
+void save_edges(AutogradContext* ctx, const AttentionTensors& t) {
+  const bool mask = requires_grad(t.attn_mask);
+  const bool slopes = requires_grad(t.alibi_slopes);
+  if (!mask && !slopes) return;
+  EdgeCounter edges;
+  for (int i = 0; i < 3; ++i) edges.add(true);
+  edges.add(t.weight.has_value());
+  const int mask_edge = edges.add(t.attn_mask.has_value());
+  const int slopes_edge = edges.add(t.alibi_slopes.has_value());
+  if (mask) ctx->saved_data["mask_edge"] = static_cast<int64_t>(mask_edge);
+  if (slopes) ctx->saved_data["slopes_edge"] = static_cast<int64_t>(slopes_edge);
+}
+
+bool wants_gradient(AutogradContext* ctx, const char* edge) {
+  return saved_flag(ctx, edge) &&
+         ctx->needs_input_grad(static_cast<size_t>(ctx->saved_data[edge].toInt()));
+}
 
 // p = exp(s - lse), out = (p f) v with f the dropout factors. With g = d loss / d out, u = d loss /
 // d lse and delta_i = sum_d g_id out_id:
 //   dv = (p f)^T g,  ds_ij = p_ij (f_ij g_i . v_j - delta_i + u_i),
-//   dq, dk, dw, dmask from ds by the derivative of the score (docs/formulas.md).
+//   dq, dk, dw, dmask, dslopes from ds by the derivative of the score (docs/formulas.md).
 // Saves the inputs, out, lse and the generator's state: p and f are computed again, O(L) memory.
 class Attention : public Function<Attention> {
  public:
   static constexpr bool is_traceable = true;  // backward: dispatcher calls and ctx only
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key,
-                               const Tensor& value, const OptionalTensor& weight,
-                               const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& key_starts,
-                               const OptionalTensor& query_offsets, const Options& options) {
+  // The tensors before the problem are its differentiable ones: their edges are what apply() needs.
+  static variable_list forward(AutogradContext* ctx, const Tensor& /*query*/, const Tensor& /*key*/,
+                               const Tensor& /*value*/, const OptionalTensor& /*weight*/,
+                               const OptionalTensor& /*attn_mask*/,
+                               const OptionalTensor& /*alibi_slopes*/,
+                               const AttentionTensors& tensors, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, lse, philox_state] = attention_forward(
-        query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets, options.scale,
-        options.dropout_p, options.window_left, options.window_right, options.query_offset);
-    variable_list saved = list_tensors(
-        {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets});
-    saved.insert(saved.end(), {output, lse, philox_state});
+    ForwardResults results = attention_forward(tensors, options);
+    variable_list saved = list_tensors(tensors);
+    saved.insert(saved.end(), {results.output, results.lse, results.philox_state});
     ctx->save_for_backward(std::move(saved));
     save_options(ctx, options);
-    if (requires_grad(attn_mask)) {
-      EdgeCounter edges;
-      for (int i = 0; i < 3; ++i) edges.add(true);
-      edges.add(weight.has_value());
-      ctx->saved_data["mask_edge"] = static_cast<int64_t>(edges.add(true));
-    }
+    save_edges(ctx, tensors);
     ctx->set_materialize_grads(false);
-    return {output, lse, philox_state};
+    return {std::move(results.output), std::move(results.lse), std::move(results.philox_state)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list results(kTensors + 1);  // one slot per argument of forward
+    variable_list results(kDifferentiable + 2);  // one slot per argument of forward
     if (!grads[0].defined() && !grads[1].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     const SavedTensors problem(saved);
-    const Options options = saved_options(ctx);
     const Tensor& output = saved[kTensors];
     const Tensor grad_output =
         grads[0].defined() ? grads[0] : at::zeros_symint(output.sym_sizes(), output.options());
-    const bool mask_grad =
-        saved_flag(ctx, "mask_edge") &&
-        ctx->needs_input_grad(static_cast<size_t>(ctx->saved_data["mask_edge"].toInt()));
-    auto [grad_query, grad_key, grad_value, grad_weight, grad_mask] = attention_backward(
-        grad_output, or_nothing(grads[1]), problem.query, problem.key, problem.value,
-        problem.weight, problem.attn_mask, problem.key_lengths, problem.key_starts,
-        problem.query_offsets, output, saved[kTensors + 1], saved[kTensors + 2], options.scale,
-        options.dropout_p, options.window_left, options.window_right, options.query_offset,
-        mask_grad);
-    results[0] = grad_query;
-    results[1] = grad_key;
-    results[2] = grad_value;
-    if (problem.weight.has_value()) results[3] = grad_weight;
-    if (mask_grad) results[4] = grad_mask;
+    const OptionalTensor grad_lse = or_nothing(grads[1]);
+    const bool mask_grad = wants_gradient(ctx, "mask_edge");
+    const bool slopes_grad = wants_gradient(ctx, "slopes_edge");
+    BackwardResults computed =
+        attention_backward({grad_output, grad_lse, output, saved[kTensors + 1], saved[kTensors + 2],
+                            mask_grad, slopes_grad},
+                           problem.tensors(), saved_options(ctx));
+    results[0] = std::move(computed.grad_query);
+    results[1] = std::move(computed.grad_key);
+    results[2] = std::move(computed.grad_value);
+    if (problem.weight.has_value()) results[3] = std::move(computed.grad_weight);
+    if (mask_grad) results[4] = std::move(computed.grad_attn_mask);
+    if (slopes_grad) results[5] = std::move(computed.grad_alibi_slopes);
     return results;
   }
 };
@@ -153,33 +173,31 @@ class Attention : public Function<Attention> {
 // They are taken of the gradients composed of differentiable operators, O(Lq Lk) memory.
 class AttentionBackward : public Function<AttentionBackward> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& grad_output,
-                               const OptionalTensor& grad_lse, const Tensor& query,
-                               const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-                               const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-                               const OptionalTensor& key_starts,
-                               const OptionalTensor& query_offsets, const Tensor& output,
-                               const Tensor& lse, const Tensor& philox_state,
-                               const Options& options, bool attn_mask_grad) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& /*query*/, const Tensor& /*key*/,
+                               const Tensor& /*value*/, const OptionalTensor& /*weight*/,
+                               const OptionalTensor& /*attn_mask*/,
+                               const OptionalTensor& /*alibi_slopes*/,
+                               const Tensor& /*grad_output*/, const OptionalTensor& /*grad_lse*/,
+                               const BackwardInputs& inputs, const AttentionTensors& tensors,
+                               const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_query, grad_key, grad_value, grad_weight, grad_mask] = attention_backward(
-        grad_output, grad_lse, query, key, value, weight, attn_mask, key_lengths, key_starts,
-        query_offsets, output, lse, philox_state, options.scale, options.dropout_p,
-        options.window_left, options.window_right, options.query_offset, attn_mask_grad);
-    variable_list saved = list_tensors(
-        {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets});
-    saved.insert(saved.end(), {grad_output, or_undefined(grad_lse), philox_state});
+    BackwardResults results = attention_backward(inputs, tensors, options);
+    variable_list saved = list_tensors(tensors);
+    saved.insert(saved.end(),
+                 {inputs.grad_output, or_undefined(inputs.grad_lse), inputs.philox_state});
     ctx->save_for_backward(std::move(saved));
     save_options(ctx, options);
-    if (attn_mask_grad) ctx->saved_data["attn_mask_grad"] = true;
+    if (inputs.attn_mask_grad) ctx->saved_data["attn_mask_grad"] = true;
+    if (inputs.alibi_slopes_grad) ctx->saved_data["alibi_slopes_grad"] = true;
     ctx->set_materialize_grads(false);
-    return {grad_query, grad_key, grad_value, grad_weight, grad_mask};
+    return {std::move(results.grad_query),     std::move(results.grad_key),
+            std::move(results.grad_value),     std::move(results.grad_weight),
+            std::move(results.grad_attn_mask), std::move(results.grad_alibi_slopes)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const bool create_graph = at::GradMode::is_enabled();
-    const bool attn_mask_grad = saved_flag(ctx, "attn_mask_grad");
     const at::AutoGradMode record(true);
 
     // With create_graph the saved tensors keep their history, and the third derivative with them.
@@ -192,33 +210,34 @@ class AttentionBackward : public Function<AttentionBackward> {
     const SavedTensors problem(inputs);
     const Tensor& grad_output = inputs[kTensors];
     const OptionalTensor grad_lse = or_nothing(inputs[kTensors + 1]);
-    const ComposedBackward composed =
-        composed_attention_backward(grad_output, grad_lse, problem.tensors(), inputs[kTensors + 2],
-                                    saved_options(ctx), attn_mask_grad);
+    const Tensor unread;  // output and lse
+    const BackwardResults composed = composed_attention_backward(
+        {grad_output, grad_lse, unread, unread, inputs[kTensors + 2],
+         saved_flag(ctx, "attn_mask_grad"), saved_flag(ctx, "alibi_slopes_grad")},
+        problem.tensors(), saved_options(ctx));
 
     variable_list outputs;
     variable_list output_grads;
-    const Tensor composed_outputs[] = {composed.grad_query, composed.grad_key, composed.grad_value,
-                                       composed.grad_weight, composed.grad_attn_mask};
-    for (size_t i = 0; i < 5; ++i) {
+    const Tensor composed_outputs[kDifferentiable] = {
+        composed.grad_query,  composed.grad_key,       composed.grad_value,
+        composed.grad_weight, composed.grad_attn_mask, composed.grad_alibi_slopes};
+    for (size_t i = 0; i < kDifferentiable; ++i) {
       if (!grads[i].defined() || !requires_grad(composed_outputs[i])) continue;
       outputs.push_back(composed_outputs[i]);
       output_grads.push_back(grads[i]);
     }
-    // Slots of forward's arguments: grad_output, grad_lse, the eight tensors, out, lse, philox
-    // state, options, flag.
-    constexpr size_t kSlots = 2 + kTensors + 3 + 2;
-    variable_list results(kSlots);
-    const auto slot_of = [](size_t saved_index) {
-      return saved_index < kTensors ? saved_index + 2 : saved_index - kTensors;
-    };
+    // Slots of forward's arguments: the differentiable tensors, grad_output, grad_lse; then what is
+    // no tensor.
+    variable_list results(kDifferentiable + 2 + 3);
     variable_list wanted;
     std::vector<size_t> slots;
-    for (size_t i = 0; i < kTensors + 2; ++i) {
-      if (!requires_grad(inputs[i])) continue;
-      wanted.push_back(inputs[i]);
-      slots.push_back(slot_of(i));
-    }
+    const auto want = [&](size_t saved_index, size_t slot) {
+      if (!requires_grad(inputs[saved_index])) return;
+      wanted.push_back(inputs[saved_index]);
+      slots.push_back(slot);
+    };
+    for (size_t i = 0; i < kDifferentiable; ++i) want(i, i);
+    for (size_t i = 0; i < 2; ++i) want(kTensors + i, kDifferentiable + i);
     if (outputs.empty() || wanted.empty()) return results;
     const variable_list derivatives =
         torch::autograd::grad(outputs, wanted, output_grads, /*retain_graph=*/std::nullopt,
@@ -228,74 +247,59 @@ class AttentionBackward : public Function<AttentionBackward> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_autograd(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, SymInt window_left, SymInt window_right,
-    SymInt query_offset) {
-  const Options options{scale, dropout_p, std::move(window_left), std::move(window_right),
-                        std::move(query_offset)};
-  if (must_compose(query, key, value, weight, attn_mask)) {
-    const auto state_options = query.options().dtype(at::kLong).requires_grad(false);
-    Tensor philox_state = at::empty({dropout_p > 0 ? 2 : 0}, state_options);
-    if (dropout_p > 0) philox_state.random_();
-    ComposedForward composed = composed_attention(
-        {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets},
-        philox_state, options);
-    return {std::move(composed.output), std::move(composed.lse), std::move(philox_state)};
+ForwardResults attention_forward_autograd(const AttentionTensors& tensors, const Options& options) {
+  const auto compose = [](const auto&... t) { return must_compose(t...); };
+  const auto graph = [](const auto&... t) { return needs_graph(t...); };
+  if (with_differentiable(tensors, compose)) {
+    const auto state_options = tensors.query.options().dtype(at::kLong).requires_grad(false);
+    const bool drops = options.dropout_p > 0;
+    const Tensor philox_state = at::empty({drops ? 2 : 0}, state_options);
+    if (drops) philox_state.random_();
+    return composed_attention(tensors, philox_state, options);
   }
-  if (!needs_graph(query, key, value, weight, attn_mask)) {
+  if (!with_differentiable(tensors, graph)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return attention_forward(query, key, value, weight, attn_mask, key_lengths, key_starts,
-                             query_offsets, scale, dropout_p, options.window_left,
-                             options.window_right, options.query_offset);
+    return attention_forward(tensors, options);
   }
-  variable_list results = Attention::apply(query, key, value, weight, attn_mask, key_lengths,
-                                           key_starts, query_offsets, options);
+  variable_list results = with_differentiable(
+      tensors, [&](const auto&... t) { return Attention::apply(t..., tensors, options); });
   return {std::move(results[0]), std::move(results[1]), std::move(results[2])};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_autograd(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
-    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
-    SymInt window_left, SymInt window_right, SymInt query_offset, bool attn_mask_grad) {
-  const Options options{scale, dropout_p, std::move(window_left), std::move(window_right),
-                        std::move(query_offset)};
-  if (must_compose(grad_output, grad_lse, query, key, value, weight, attn_mask)) {
-    ComposedBackward composed = composed_attention_backward(
-        grad_output, grad_lse,
-        {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets},
-        philox_state, options, attn_mask_grad);
-    const auto or_empty = [&](const Tensor& t) {
-      return t.defined() ? t : at::empty({0}, query.options().requires_grad(false));
-    };
-    return {std::move(composed.grad_query), std::move(composed.grad_key),
-            std::move(composed.grad_value), or_empty(composed.grad_weight),
-            or_empty(composed.grad_attn_mask)};
+BackwardResults attention_backward_autograd(const BackwardInputs& inputs,
+                                            const AttentionTensors& tensors,
+                                            const Options& options) {
+  const auto compose = [&](const auto&... t) {
+    return must_compose(t..., inputs.grad_output, inputs.grad_lse);
+  };
+  const auto graph = [&](const auto&... t) {
+    return needs_graph(t..., inputs.grad_output, inputs.grad_lse);
+  };
+  if (with_differentiable(tensors, compose)) {
+    BackwardResults composed = composed_attention_backward(inputs, tensors, options);
+    for (Tensor* grad :
+         {&composed.grad_weight, &composed.grad_attn_mask, &composed.grad_alibi_slopes}) {
+      if (!grad->defined()) *grad = at::empty({0}, tensors.query.options().requires_grad(false));
+    }
+    return composed;
   }
-  if (!needs_graph(grad_output, grad_lse, query, key, value, weight, attn_mask)) {
+  if (!with_differentiable(tensors, graph)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return attention_backward(grad_output, grad_lse, query, key, value, weight, attn_mask,
-                              key_lengths, key_starts, query_offsets, output, lse, philox_state,
-                              scale, dropout_p, options.window_left, options.window_right,
-                              options.query_offset, attn_mask_grad);
+    return attention_backward(inputs, tensors, options);
   }
-  variable_list results = AttentionBackward::apply(
-      grad_output, grad_lse, query, key, value, weight, attn_mask, key_lengths, key_starts,
-      query_offsets, output, lse, philox_state, options, attn_mask_grad);
+  variable_list results = with_differentiable(tensors, [&](const auto&... t) {
+    return AttentionBackward::apply(t..., inputs.grad_output, inputs.grad_lse, inputs, tensors,
+                                    options);
+  });
   return {std::move(results[0]), std::move(results[1]), std::move(results[2]),
-          std::move(results[3]), std::move(results[4])};
+          std::move(results[3]), std::move(results[4]), std::move(results[5])};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_selfattn, Autograd, m) {
-  m.impl("_attention_forward", TORCH_FN(attention_forward_autograd));
-  m.impl("_attention_backward", TORCH_FN(attention_backward_autograd));
+  m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_autograd>::call));
+  m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_autograd>::call));
 }
 
 }  // namespace torch_selfattn::ops

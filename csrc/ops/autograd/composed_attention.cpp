@@ -61,14 +61,31 @@ Tensor sum_head_groups(const Tensor& t, const SymInt& kv_heads) {
       .sum(2);
 }
 
+at::TensorOptions index_options(const AttentionTensors& t) {
+  return t.query.options().dtype(at::kLong).requires_grad(false);
+}
+
+Tensor per_sample(const Tensor& index) { return index.to(at::kLong).reshape({-1, 1, 1, 1}); }
+
+// Where the queries `rows` (all if undefined) stand on the axis of the keys: (R, 1) or (B, 1, R,
+// 1).
+Tensor query_positions(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
+                       const Tensor& rows) {
+  const Tensor index =
+      rows.defined() ? rows.to(at::kLong) : at::arange(t.query.sym_size(2), index_options(t));
+  const Tensor position = index.unsqueeze(-1) + options.query_offset;
+  return t.query_offsets.has_value() ? position + per_sample(*t.query_offsets) : position;
+}
+
 // Everything both directions need of one problem.
 struct Terms {
-  Tensor query;    // (B, H, Lq, E), widened
-  Tensor key;      // (B, H, Lk, E), widened; rows that no query may see are 0
-  Tensor value;    // (B, H, Lk, Ev), alike
-  Tensor weight;   // (B or 1, H or 1, 1, 1, E), additive only
-  Tensor tanh;     // (B, H, Lq, Lk, E), additive only
-  Tensor factors;  // dropout, undefined without
+  Tensor query;      // (B, H, Lq, E), widened
+  Tensor key;        // (B, H, Lk, E), widened; rows that no query may see are 0
+  Tensor value;      // (B, H, Lk, Ev), alike
+  Tensor weight;     // (B or 1, H or 1, 1, 1, E), additive only
+  Tensor tanh;       // (B, H, Lq, Lk, E), additive only
+  Tensor factors;    // dropout, undefined without
+  Tensor distances;  // (1 or B, 1, Lq, Lk), with ALiBi slopes only
   Softmax softmax;
   double scale;
 };
@@ -111,6 +128,11 @@ Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
   } else {
     scores = at::matmul(terms.query * terms.scale, terms.key.transpose(-2, -1));
   }
+  if (t.alibi_slopes.has_value()) {
+    terms.distances = key_distances(t, options, Tensor(), scores.scalar_type());
+    const Tensor slopes = t.alibi_slopes->to(scores.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+    scores = scores - slopes * terms.distances;
+  }
   if (bias.defined()) scores = scores + bias;
   terms.softmax = masked_softmax(scores, allowed);
   if (options.dropout_p > 0) {
@@ -137,17 +159,12 @@ Tensor repeat_heads(const Tensor& t, const SymInt& heads) {
 
 Tensor allowed_pairs(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
                      const Tensor& rows) {
-  const auto index_options = t.query.options().dtype(at::kLong).requires_grad(false);
-  const Tensor keys = at::arange(t.key.sym_size(2), index_options);  // (Lk)
-  const auto per_sample = [](const Tensor& x) { return x.to(at::kLong).reshape({-1, 1, 1, 1}); };
+  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));  // (Lk)
   Tensor allowed;
   if (t.key_lengths.has_value()) allowed = both(allowed, keys.lt(per_sample(*t.key_lengths)));
   if (t.key_starts.has_value()) allowed = both(allowed, keys.ge(per_sample(*t.key_starts)));
   if (options.window_left >= 0 || options.window_right >= 0) {
-    Tensor position =
-        rows.defined() ? rows.to(at::kLong) : at::arange(t.query.sym_size(2), index_options);
-    position = position.unsqueeze(-1) + options.query_offset;  // (R, 1)
-    if (t.query_offsets.has_value()) position = position + per_sample(*t.query_offsets);
+    const Tensor position = query_positions(t, options, rows);
     if (options.window_left >= 0) {
       allowed = both(allowed, keys.ge(position - options.window_left));
     }
@@ -156,6 +173,12 @@ Tensor allowed_pairs(const AttentionTensors& t, const AttentionOptions<SymInt>& 
     }
   }
   return allowed;
+}
+
+Tensor key_distances(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
+                     const Tensor& rows, at::ScalarType dtype) {
+  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));
+  return (query_positions(t, options, rows) - keys).abs().to(dtype);
 }
 
 Softmax masked_softmax(const Tensor& given_scores, const Tensor& allowed) {
@@ -188,30 +211,29 @@ Softmax masked_softmax(const Tensor& given_scores, const Tensor& allowed) {
   return {exponentials / divisor, lse};
 }
 
-ComposedForward composed_attention(const AttentionTensors& t, const Tensor& philox_state,
-                                   const AttentionOptions<SymInt>& options) {
+ForwardResults composed_attention(const AttentionTensors& t, const Tensor& philox_state,
+                                  const AttentionOptions<SymInt>& options) {
   const Terms terms = make_terms(t, philox_state, options);
   const Tensor output = at::matmul(dropped(terms, terms.softmax.weights), terms.value);
-  return {output.to(t.query.scalar_type()), terms.softmax.lse};
+  return {output.to(t.query.scalar_type()), terms.softmax.lse, philox_state};
 }
 
-ComposedBackward composed_attention_backward(const Tensor& grad_output,
-                                             const OptionalTensor& grad_lse,
-                                             const AttentionTensors& t, const Tensor& philox_state,
-                                             const AttentionOptions<SymInt>& options,
-                                             bool attn_mask_grad) {
-  const Terms terms = make_terms(t, philox_state, options);
+BackwardResults composed_attention_backward(const BackwardInputs& inputs, const AttentionTensors& t,
+                                            const AttentionOptions<SymInt>& options) {
+  const Terms terms = make_terms(t, inputs.philox_state, options);
   const Tensor& p = terms.softmax.weights;
-  const Tensor grad_out = widened(grad_output);
+  const Tensor grad_out = widened(inputs.grad_output);
   const SymInt kv_heads = t.key.sym_size(1);
 
   const Tensor grad_value = at::matmul(dropped(terms, p).transpose(-2, -1), grad_out);
   const Tensor grad_p = dropped(terms, at::matmul(grad_out, terms.value.transpose(-2, -1)));
   Tensor row_term = -(p * grad_p).sum(-1, /*keepdim=*/true);
-  if (grad_lse.has_value()) row_term = row_term + grad_lse->to(p.scalar_type()).unsqueeze(-1);
+  if (inputs.grad_lse.has_value()) {
+    row_term = row_term + inputs.grad_lse->to(p.scalar_type()).unsqueeze(-1);
+  }
   const Tensor grad_scores = p * (grad_p + row_term);  // (B, H, Lq, Lk)
 
-  ComposedBackward grads;
+  BackwardResults grads;
   Tensor grad_query;
   Tensor grad_key;
   if (t.weight.has_value()) {
@@ -228,8 +250,12 @@ ComposedBackward composed_attention_backward(const Tensor& grad_output,
   grads.grad_query = grad_query.to(t.query.scalar_type());
   grads.grad_key = sum_head_groups(grad_key, kv_heads).to(t.key.scalar_type());
   grads.grad_value = sum_head_groups(grad_value, kv_heads).to(t.value.scalar_type());
-  if (attn_mask_grad) {
+  if (inputs.attn_mask_grad) {
     grads.grad_attn_mask = sum_to(grad_scores, *t.attn_mask).to(t.attn_mask->scalar_type());
+  }
+  if (inputs.alibi_slopes_grad) {
+    const Tensor per_head = -(grad_scores * terms.distances).sum(std::vector<int64_t>{2, 3});
+    grads.grad_alibi_slopes = sum_to(per_head, *t.alibi_slopes).to(t.alibi_slopes->scalar_type());
   }
   return grads;
 }

@@ -8,35 +8,26 @@
 // derivatives, and no derivative is NaN because of one.
 namespace torch_selfattn::ops {
 
-struct ComposedForward {
-  at::Tensor output;
-  at::Tensor lse;
-};
-
 // philox_state: of the forward operator, or empty without dropout.
-ComposedForward composed_attention(const AttentionTensors& tensors, const at::Tensor& philox_state,
-                                   const AttentionOptions<c10::SymInt>& options);
+ForwardResults composed_attention(const AttentionTensors& tensors, const at::Tensor& philox_state,
+                                  const AttentionOptions<c10::SymInt>& options);
 
-struct ComposedBackward {
-  at::Tensor grad_query;
-  at::Tensor grad_key;
-  at::Tensor grad_value;
-  at::Tensor grad_weight;     // undefined for the dot-product score
-  at::Tensor grad_attn_mask;  // undefined unless wanted
-};
-
-ComposedBackward composed_attention_backward(const at::Tensor& grad_output,
-                                             const OptionalTensor& grad_lse,
-                                             const AttentionTensors& tensors,
-                                             const at::Tensor& philox_state,
-                                             const AttentionOptions<c10::SymInt>& options,
-                                             bool attn_mask_grad);
+// Reads neither output nor lse. Gradients that are not wanted are undefined.
+BackwardResults composed_attention_backward(const BackwardInputs& inputs,
+                                            const AttentionTensors& tensors,
+                                            const AttentionOptions<c10::SymInt>& options);
 
 // The pairs (i, j) that may attend before the mask tensor is looked at, as a boolean tensor
 // broadcastable to (B, H, Lq, Lk); undefined if all may. rows: the query indices, (R), or undefined
 // for all Lq.
 at::Tensor allowed_pairs(const AttentionTensors& tensors,
                          const AttentionOptions<c10::SymInt>& options, const at::Tensor& rows);
+
+// |i + offset - j|, the distances that ALiBi slopes are multiplied by, of the same rows and
+// broadcast in the same way.
+at::Tensor key_distances(const AttentionTensors& tensors,
+                         const AttentionOptions<c10::SymInt>& options, const at::Tensor& rows,
+                         at::ScalarType dtype);
 
 // log-softmax statistics of scores (B, H, R, Lk) with the rules above.
 struct Softmax {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels/common/philox.h"
+#include "ops/attention_kernel.h"
 #include "ops/checks.h"
 #include "ops/cpu/parallel.h"
 #include "ops/explain.h"
@@ -24,56 +25,38 @@ void check_key_bounds(const AttentionTensors& tensors) {
   check_key_bounds_on_cpu(tensors.name(), "key_starts", tensors.key_starts, key_length);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_cpu(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, int64_t window_left, int64_t window_right,
-    int64_t query_offset) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
-                                          query_offset};
+ForwardResults attention_forward_cpu(const AttentionTensors& tensors,
+                                     const AttentionOptions<int64_t>& options) {
   check_attention_forward(tensors, symbolic(options));
   check_key_bounds(tensors);
   const PreparedProblem prepared = prepare_problem(tensors, options);
-  ForwardResults results = empty_forward_results(tensors, dropout_p);
-  if (dropout_p > 0) results.philox_state.random_();  // follows torch.manual_seed
+  ForwardResults results = empty_forward_results(tensors, options.dropout_p);
+  if (options.dropout_p > 0) results.philox_state.random_();  // follows torch.manual_seed
   const auto& implementation = choose_from(kernels::cpu::attention_implementations(),
                                            prepared.problem, tensors.name(), "forward", "cpu");
   implementation.forward(forward_arguments(prepared, results), torch_parallel());
-  return {std::move(results.output), std::move(results.lse), std::move(results.philox_state)};
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
-    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
-    int64_t window_left, int64_t window_right, int64_t query_offset, bool attn_mask_grad) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
-                                          query_offset};
-  check_attention_backward(grad_output, grad_lse, tensors, output, lse, philox_state,
-                           symbolic(options));
+BackwardResults attention_backward_cpu(const BackwardInputs& inputs,
+                                       const AttentionTensors& tensors,
+                                       const AttentionOptions<int64_t>& options) {
+  check_attention_backward(inputs, tensors, symbolic(options));
   check_key_bounds(tensors);
   PreparedProblem prepared = prepare_problem(tensors, options);
-  if (dropout_p > 0) {
-    prepared.problem.philox_state = philox_state.const_data_ptr<int64_t>();
+  if (options.dropout_p > 0) {
+    prepared.problem.philox_state = inputs.philox_state.const_data_ptr<int64_t>();
   }
-  BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
-  const Tensor contiguous_lse = lse.contiguous();
-  const Tensor contiguous_grad_lse =
-      grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  BackwardResults results = empty_backward_results(inputs, tensors);
+  const Tensor lse = inputs.lse.contiguous();
+  const Tensor grad_lse =
+      inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
   const auto& implementation = choose_from(kernels::cpu::attention_implementations(),
                                            prepared.problem, tensors.name(), "backward", "cpu");
-  implementation.backward(backward_arguments(prepared, grad_output, contiguous_grad_lse, output,
-                                             contiguous_lse, results),
-                          torch_parallel());
-  return {std::move(results.grad_query), std::move(results.grad_key), std::move(results.grad_value),
-          std::move(results.grad_weight), std::move(results.grad_attn_mask)};
+  implementation.backward(
+      backward_arguments(prepared, inputs.grad_output, grad_lse, inputs.output, lse, results),
+      torch_parallel());
+  return results;
 }
 
 Tensor attention_dropout_factors_cpu(const Tensor& philox_state, int64_t batch, int64_t heads,
@@ -103,8 +86,8 @@ const bool registered = register_candidates(at::kCPU, &attention_candidates_cpu)
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
-  m.impl("_attention_forward", TORCH_FN(attention_forward_cpu));
-  m.impl("_attention_backward", TORCH_FN(attention_backward_cpu));
+  m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cpu>::call));
+  m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cpu>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cpu));
 }
 

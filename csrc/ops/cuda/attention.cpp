@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "ops/attention_kernel.h"
 #include "ops/checks.h"
 #include "ops/cuda/attention_implementations.h"
 #include "ops/explain.h"
@@ -57,59 +58,38 @@ const BackwardImplementation backward_implementations[] = {
     {"generic", generic_backward_not_supported, generic_backward},
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_cuda(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, int64_t window_left, int64_t window_right,
-    int64_t query_offset) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
-                                          query_offset};
+ForwardResults attention_forward_cuda(const AttentionTensors& tensors,
+                                      const AttentionOptions<int64_t>& options) {
   check_attention_forward(tensors, symbolic(options));
-  const c10::cuda::CUDAGuard device(query.device());
+  const c10::cuda::CUDAGuard device(tensors.query.device());
   const PreparedProblem prepared = prepare_problem(tensors, options);
-  ForwardResults results = empty_forward_results(tensors, dropout_p);
+  ForwardResults results = empty_forward_results(tensors, options.dropout_p);
   // PyTorch's CUDA generator fills it on the device: follows torch.manual_seed, and CUDA graphs
   // draw new numbers at each replay.
-  if (dropout_p > 0) results.philox_state.random_();
+  if (options.dropout_p > 0) results.philox_state.random_();
   const ForwardRequest request{tensors, options, prepared};
   choose_from(forward_implementations, request, tensors.name(), "forward", "cuda")
       .run(request, results);
-  return {results.output, results.lse, results.philox_state};
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
-    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
-    int64_t window_left, int64_t window_right, int64_t query_offset, bool attn_mask_grad) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  const AttentionOptions<int64_t> options{scale, dropout_p, window_left, window_right,
-                                          query_offset};
-  check_attention_backward(grad_output, grad_lse, tensors, output, lse, philox_state,
-                           symbolic(options));
-  const c10::cuda::CUDAGuard device(query.device());
+BackwardResults attention_backward_cuda(const BackwardInputs& inputs,
+                                        const AttentionTensors& tensors,
+                                        const AttentionOptions<int64_t>& options) {
+  check_attention_backward(inputs, tensors, symbolic(options));
+  const c10::cuda::CUDAGuard device(tensors.query.device());
   PreparedProblem prepared = prepare_problem(tensors, options);
-  const Tensor contiguous_state = philox_state.contiguous();
-  if (dropout_p > 0) {
-    prepared.problem.philox_state = contiguous_state.const_data_ptr<int64_t>();
-  }
-  BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
-  const Tensor contiguous_lse = lse.contiguous();
-  const Tensor contiguous_grad_lse =
-      grad_lse.has_value() ? grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
-  const BackwardRequest request{
-      tensors, options,        prepared,      grad_output, contiguous_grad_lse,
-      output,  contiguous_lse, attn_mask_grad};
+  const Tensor state = inputs.philox_state.contiguous();
+  if (options.dropout_p > 0) prepared.problem.philox_state = state.const_data_ptr<int64_t>();
+  BackwardResults results = empty_backward_results(inputs, tensors);
+  const Tensor lse = inputs.lse.contiguous();
+  const Tensor grad_lse =
+      inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  const BackwardRequest request{tensors,  options,       prepared, inputs.grad_output,
+                                grad_lse, inputs.output, lse};
   choose_from(backward_implementations, request, tensors.name(), "backward", "cuda")
       .run(request, results);
-  return {results.grad_query, results.grad_key, results.grad_value, results.grad_weight,
-          results.grad_attn_mask};
+  return results;
 }
 
 Tensor attention_dropout_factors_cuda(const Tensor& philox_state, int64_t batch, int64_t heads,
@@ -138,8 +118,8 @@ const bool registered = register_candidates(at::kCUDA, &attention_candidates_cud
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
-  m.impl("_attention_forward", TORCH_FN(attention_forward_cuda));
-  m.impl("_attention_backward", TORCH_FN(attention_backward_cuda));
+  m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cuda>::call));
+  m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cuda>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cuda));
 }
 

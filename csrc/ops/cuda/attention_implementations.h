@@ -24,7 +24,6 @@ struct BackwardRequest {
   const at::Tensor& grad_lse;  // undefined without a gradient
   const at::Tensor& output;
   const at::Tensor& lse;  // contiguous
-  bool attn_mask_grad;
 };
 
 struct ForwardImplementation {

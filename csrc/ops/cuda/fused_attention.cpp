@@ -38,6 +38,7 @@ const char* not_plain(const AttentionTensors& t, const AttentionOptions<int64_t>
   }
   if (t.query_offsets.has_value() || options.query_offset != 0) return "it has no query offset";
   if (options.window_left >= 0 || options.window_right > 0) return "it has no window";
+  if (t.alibi_slopes.has_value()) return "it has no ALiBi slopes";
   if (is_causal(options) && t.query.size(2) != t.key.size(2)) {
     return "causal with different lengths may be aligned otherwise";
   }

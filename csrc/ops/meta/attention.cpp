@@ -1,8 +1,7 @@
-#include "ops/attention.h"
-
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "ops/attention_kernel.h"
 #include "ops/checks.h"
 #include "ops/problem.h"
 
@@ -13,35 +12,17 @@ namespace {
 using at::Tensor;
 using c10::SymInt;
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_meta(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
-    std::optional<double> scale, double dropout_p, SymInt window_left, SymInt window_right,
-    SymInt query_offset) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  check_attention_forward(tensors, {scale, dropout_p, std::move(window_left),
-                                    std::move(window_right), std::move(query_offset)});
-  ForwardResults results = empty_forward_results(tensors, dropout_p);
-  return {std::move(results.output), std::move(results.lse), std::move(results.philox_state)};
+ForwardResults attention_forward_meta(const AttentionTensors& tensors,
+                                      const AttentionOptions<SymInt>& options) {
+  check_attention_forward(tensors, options);
+  return empty_forward_results(tensors, options.dropout_p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_meta(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
-    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_starts, const OptionalTensor& query_offsets, const Tensor& output,
-    const Tensor& lse, const Tensor& philox_state, std::optional<double> scale, double dropout_p,
-    SymInt window_left, SymInt window_right, SymInt query_offset, bool attn_mask_grad) {
-  const AttentionTensors tensors{query,     key,         value,      weight,
-                                 attn_mask, key_lengths, key_starts, query_offsets};
-  check_attention_backward(
-      grad_output, grad_lse, tensors, output, lse, philox_state,
-      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)});
-  BackwardResults results = empty_backward_results(tensors, attn_mask_grad);
-  return {std::move(results.grad_query), std::move(results.grad_key), std::move(results.grad_value),
-          std::move(results.grad_weight), std::move(results.grad_attn_mask)};
+BackwardResults attention_backward_meta(const BackwardInputs& inputs,
+                                        const AttentionTensors& tensors,
+                                        const AttentionOptions<SymInt>& options) {
+  check_attention_backward(inputs, tensors, options);
+  return empty_backward_results(inputs, tensors);
 }
 
 Tensor attention_dropout_factors_meta(const Tensor& philox_state, SymInt batch, SymInt heads,
@@ -56,8 +37,8 @@ Tensor attention_dropout_factors_meta(const Tensor& philox_state, SymInt batch, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_selfattn, Meta, m) {
-  m.impl("_attention_forward", TORCH_FN(attention_forward_meta));
-  m.impl("_attention_backward", TORCH_FN(attention_backward_meta));
+  m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_meta>::call));
+  m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_meta>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_meta));
 }
 

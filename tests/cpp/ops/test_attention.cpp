@@ -72,6 +72,20 @@ TEST_CASE("additive attention agrees with its composition", "[ops]") {
                          additive_composition(q, k, v, w), {q, k, v, w});
 }
 
+TEST_CASE("ALiBi slopes agree with a mask of the same numbers", "[ops]") {
+  torch::manual_seed(7);
+  const Tensor q = leaf({2, 4, 7, 8});
+  const Tensor k = leaf({2, 4, 9, 8});
+  const Tensor slopes = leaf({4});
+  const Tensor distance =
+      torch::abs(torch::arange(7).unsqueeze(-1) + 2 - torch::arange(9)).to(torch::kFloat64);
+  const Tensor bias = -slopes.unsqueeze(-1).unsqueeze(-1) * distance;
+  require_same_gradients(torch_selfattn::dot_product_attention(
+                             q, k, k, std::nullopt, 0.0, false, std::nullopt, false, std::nullopt,
+                             std::nullopt, -1, -1, /*query_offset=*/2, std::nullopt, slopes),
+                         torch_selfattn::dot_product_attention(q, k, k, bias), {q, k, slopes});
+}
+
 TEST_CASE("the log-sum-exp is differentiable", "[ops]") {
   torch::manual_seed(3);
   const Tensor q = leaf({1, 2, 4, 8});
