@@ -18,6 +18,7 @@ SELF = {
     "grouped": {"num_kv_heads": 2},
     "window": {"window": (2, 3)},
     "rotary": {"rotary": {}},
+    "alibi": {"alibi": True},
     "rotary, interleaved, partial": {"rotary": {"interleaved": True}, "num_kv_heads": 1},
     "all": {"score": "additive", "num_kv_heads": 2, "window": (3, 0), "rotary": {}},
 }

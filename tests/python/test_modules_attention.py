@@ -37,6 +37,8 @@ SELF_OPTIONS = [
     {"window": (1, 2)},
     {"window": (2, 5), "is_causal": True},
     {"scale": 0.3},
+    {"alibi": True},
+    {"alibi": True, "is_causal": True, "value_dim": 3},
 ]
 
 
@@ -46,9 +48,11 @@ def composed_self_attention(
     """The formula of the docstring."""
     q, k, v = (F.linear(x, p.weight, p.bias) for p in (m.q_proj, m.k_proj, m.v_proj))
     left, right = options.get("window", (-1, -1))
+    slopes = torch.tensor([1 / 256]) if options.get("alibi") else None
     out, _, weights = reference.attention(
         q, k, v, m.score_weight, attn_mask, scale=options.get("scale"), key_lengths=key_lengths,
         window_left=left, window_right=0 if options.get("is_causal") else right,
+        alibi_slopes=slopes,
     )  # fmt: skip
     return out, weights
 
@@ -106,9 +110,12 @@ def test_self_attention_state(score: str) -> None:
         keys.add("score_weight")
     assert set(make().state_dict()) == keys
     assert set(make(bias=False).state_dict()) == {k for k in keys if not k.endswith("bias")}
-    check_state_dict(make(), make, lambda m: m(x, need_weights=True))
-    check_reset(make())
-    check_meta(make, lambda m: m(x))
+    assert set(make(alibi=True).state_dict()) == keys
+    for alibi in (False, True):
+        made = functools.partial(make, alibi=alibi)
+        check_state_dict(made(), made, lambda m: m(x, need_weights=True))
+        check_reset(made())
+        check_meta(made, lambda m: m(x))
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])

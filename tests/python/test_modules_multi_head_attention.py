@@ -218,6 +218,8 @@ OPTIONS = {
     "rotary": {"rotary": {}},
     "rotary, interleaved": {"rotary": {"interleaved": True, "base": 100.0}},
     "scale": {"scale": 0.3},
+    "alibi": {"alibi": True},
+    "alibi, grouped, additive": {"alibi": True, "num_kv_heads": 2, "score": "additive", "vdim": 3},
     "all": {"score": "additive", "num_kv_heads": 2, "window": (3, 2), "rotary": {}, "kdim": 5},
     "no bias": {"bias": False, "num_kv_heads": 2, "vdim": 3},
 }
@@ -269,9 +271,10 @@ def composed(m: nn.MultiHeadAttention, options: dict, query, key, value, is_caus
         q = rotate(q, positions, options["rotary"])
         k = rotate(k, torch.arange(k.shape[2], dtype=q.dtype), options["rotary"])
     left, right = options.get("window", (-1, -1))
+    slopes = 2.0 ** -(8.0 / H * torch.arange(1, H + 1)) if "alibi" in options else None
     out, _, p = reference.attention(
         q, k, v, m.score_weight, scale=options.get("scale"), enable_gqa=True, window_left=left,
-        window_right=0 if is_causal else right, **kwargs,
+        window_right=0 if is_causal else right, alibi_slopes=slopes, **kwargs,
     )  # fmt: skip
     return F.linear(out.transpose(1, 2).flatten(2), m.out_proj.weight, m.out_proj.bias), p
 
@@ -400,6 +403,7 @@ def test_scripts_with_every_option(score: str, rotary: bool, num_kv_heads: int |
             D, H, 0.0, bias, add_bias_kv, add_zero_attn, kdim, None, batch_first, score=score,
             num_kv_heads=num_kv_heads, window=(2, -1) if n % 3 else (-1, -1),
             rotary=nn.RotaryEmbedding(2, 16) if rotary else None,
+            alibi=not (add_bias_kv or add_zero_attn),
         )  # fmt: skip
         randomize(module)
         x = [t.detach().float() for t in inputs(batch_first, kdim or D)]
@@ -434,6 +438,7 @@ def test_state() -> None:
         ({"kdim": D, "vdim": D, "add_bias_kv": True}, keys | {"bias_k", "bias_v"}),
         ({"kdim": 3}, keys - {"in_proj_weight"} | split),
         ({"score": "additive"}, keys | {"score_weight"}),
+        ({"alibi": True}, keys),
         ({"rotary": nn.RotaryEmbedding(2), "num_kv_heads": 2}, keys),
     ):
         make = functools.partial(nn.MultiHeadAttention, D, H, **kwargs)
@@ -448,7 +453,7 @@ def test_state() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("name", ["grouped", "rotary", "all"])
+@pytest.mark.parametrize("name", ["grouped", "rotary", "alibi", "all"])
 def test_compiled(name: str, need_weights: bool) -> None:
     if need_weights and OPTIONS[name].get("score") == "additive":
         pytest.skip("attention_weights of the additive score is unrolled over the rows")
@@ -564,6 +569,7 @@ def test_constructor_errors() -> None:
         ({"score": "cosine"}, "score must be 'dot' or 'additive'"),
         ({"dropout": 1.5}, "dropout must be between 0 and 1"),
         ({"rotary": nn.RotaryEmbedding(4)}, "rotary.dim must not exceed the head dim"),
+        ({"alibi": True, "add_zero_attn": True}, "alibi does not go with .*add_zero_attn=True"),
     ):
         with pytest.raises(ValueError, match=text):
             nn.MultiHeadAttention(**{"embed_dim": D, "num_heads": H, **kwargs})

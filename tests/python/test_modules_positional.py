@@ -15,6 +15,7 @@ from module_checks import (
     gradients,
 )
 
+import torch_selfattn
 from torch_selfattn import nn
 
 B, H, L, D = 2, 3, 5, 6
@@ -211,3 +212,19 @@ def test_dropout(make) -> None:
     assert 0 < kept.sum() < kept.numel()
     plain = module.eval()(x)
     torch.testing.assert_close(dropped[kept], 2 * plain[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_slopes_of_a_cast_module(dtype: torch.dtype) -> None:
+    """Slopes stay float32 (as exact as float64 can be), though not in a scripted module."""
+    heads = 6  # whose slopes bfloat16 would round
+    exact = torch_selfattn.alibi_slopes(heads, torch.float64)
+    module = nn.MultiHeadAttention(12, heads, batch_first=True, alibi=True)
+    scripted = torch.jit.script(module).to(dtype)
+    module.to(dtype)
+    assert module.alibi.slopes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(module.alibi.slopes.double(), exact, atol=1e-7, rtol=0)
+    x = torch.randn(2, 5, 12).to(dtype)
+    assert_same(
+        scripted(x, x, x, need_weights=False)[0], module(x, x, x, need_weights=False)[0], 0.05
+    )

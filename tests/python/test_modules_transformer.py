@@ -142,6 +142,7 @@ OPTIONS = {
     "grouped": {"num_kv_heads": 2},
     "window": {"window": (2, 1)},
     "rotary": {"rotary": True},
+    "alibi": {"alibi": True},
     "all": {"score": "additive", "num_kv_heads": 1, "window": (3, 0), "rotary": True},
 }
 CROSS_OPTIONS = {
@@ -251,7 +252,7 @@ def test_stack_returns_weights_of_all_layers() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", ["additive", "grouped", "rotary", "all"])
+@pytest.mark.parametrize("name", ["additive", "grouped", "rotary", "alibi", "all"])
 def test_scripts_with_every_option(name: str, bias: bool) -> None:
     """Scores, groups, rotary, bias and activation change the scripted code; norm_first does not.
     (All combinations within the attention: test_modules_multi_head_attention.py.)"""

@@ -6,7 +6,7 @@ on. ``B`` batch, ``L`` length, ``D`` embed_dim.
 One head, inputs (B, L, D) or (L, D), masks as the operators take them (True = attend)::
 
     SelfAttention(embed_dim, score="dot", key_dim=None, value_dim=None, bias=True, dropout=0.0,
-                  is_causal=False, window=(-1, -1), scale=None)
+                  is_causal=False, window=(-1, -1), scale=None, alibi=False)
         (x, attn_mask=None, key_lengths=None, need_weights=False) -> (output, weights or None)
     AdditiveAttention(query_dim, key_dim, hidden_dim, bias=True, dropout=0.0)
         (query, key, value=None, attn_mask=None, key_lengths=None, need_weights=False)
@@ -19,7 +19,8 @@ unless ``batch_first=True``; in boolean masks True = do NOT attend), and more af
     MultiHeadAttention(embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False,
                        add_zero_attn=False, kdim=None, vdim=None, batch_first=False,
                        device=None, dtype=None,
-                       *, score="dot", num_kv_heads=None, window=(-1, -1), rotary=None, scale=None)
+                       *, score="dot", num_kv_heads=None, window=(-1, -1), rotary=None, scale=None,
+                       alibi=False)
         (query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
          average_attn_weights=True, is_causal=False,
          key_lengths=None, key_starts=None, query_offset=0, query_offsets=None)
@@ -27,10 +28,11 @@ unless ``batch_first=True``; in boolean masks True = do NOT attend), and more af
     TransformerEncoderLayer(d_model, nhead, dim_feedforward=2048, dropout=0.1, activation="relu",
                             layer_norm_eps=1e-5, batch_first=False, norm_first=False, bias=True,
                             device=None, dtype=None,
-                            *, score="dot", num_kv_heads=None, window=(-1, -1), rotary=None)
+                            *, score="dot", num_kv_heads=None, window=(-1, -1), rotary=None,
+                            alibi=False)
         (src, src_mask=None, src_key_padding_mask=None, is_causal=False, key_lengths=None) -> output
     TransformerDecoderLayer(... the same ..., cross_score="dot", cross_nhead=None,
-                            cross_num_kv_heads=None, memory_dim=None)
+                            cross_num_kv_heads=None, memory_dim=None, alibi=False)
         (tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
          memory_key_padding_mask=None, tgt_is_causal=False, memory_is_causal=False,
          tgt_lengths=None, memory_lengths=None) -> output

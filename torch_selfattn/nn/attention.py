@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import additive_attention, attention_weights, dot_product_attention
+from .positional import AlibiSlopes
 
 __all__ = ["AdditiveAttention", "SelfAttention"]
 
@@ -50,8 +51,11 @@ class SelfAttention(nn.Module):
         is_causal: position i attends to positions j <= i only.
         window: (left, right): how many positions before and after its own each one sees, -1 = all.
         scale: factor of the score; None: 1 / sqrt(key_dim) for the dot product, 1 for the additive.
+        alibi: lowers the score by the distance of two positions times the slope of
+            ``torch_selfattn.alibi_slopes(1)``, 1/256.
 
-    Sources: Vaswani et al., 2017 (dot product); Bahdanau et al., 2015 (additive).
+    Sources: Vaswani et al., 2017 (dot product); Bahdanau et al., 2015 (additive); Press et al.,
+    2022 (ALiBi).
     """
 
     score_weight: Tensor | None
@@ -69,6 +73,7 @@ class SelfAttention(nn.Module):
         scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        alibi: bool = False,
     ) -> None:
         super().__init__()
         check_score("SelfAttention", score)
@@ -84,6 +89,7 @@ class SelfAttention(nn.Module):
         # Resolved here: a number scripts more simply than an optional one.
         default_scale = 1 / math.sqrt(self.key_dim) if score == "dot" else 1.0
         self.scale = default_scale if scale is None else float(scale)
+        self.alibi = AlibiSlopes(1, device) if alibi else None
         self.q_proj = nn.Linear(embed_dim, self.key_dim, bias, device, dtype)
         self.k_proj = nn.Linear(embed_dim, self.key_dim, bias, device, dtype)
         self.v_proj = nn.Linear(embed_dim, self.value_dim, bias, device, dtype)
@@ -101,6 +107,8 @@ class SelfAttention(nn.Module):
                 nn.init.zeros_(projection.bias)
         if self.score_weight is not None:
             init_score_weight(self.score_weight)
+        if self.alibi is not None:
+            self.alibi.reset_parameters()
 
     def forward(
         self,
@@ -118,23 +126,27 @@ class SelfAttention(nn.Module):
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         dropout_p = self.dropout if self.training else 0.0
         score_weight = self.score_weight
+        slopes: Tensor | None = None
+        alibi = self.alibi
+        if alibi is not None:
+            slopes = alibi.slopes
         if score_weight is None:
             output = dot_product_attention(
                 query, key, value, attn_mask, dropout_p, scale=self.scale, key_lengths=key_lengths,
-                window_left=self.window_left, window_right=self.window_right,
+                window_left=self.window_left, window_right=self.window_right, alibi_slopes=slopes,
             )  # fmt: skip
         else:
             output = additive_attention(
                 query, key, value, score_weight, attn_mask, dropout_p, scale=self.scale,
                 key_lengths=key_lengths, window_left=self.window_left,
-                window_right=self.window_right,
+                window_right=self.window_right, alibi_slopes=slopes,
             )  # fmt: skip
         weights: Tensor | None = None
         if need_weights:
             weights = attention_weights(
                 query, key, score_weight, attn_mask=attn_mask, scale=self.scale,
                 key_lengths=key_lengths, window_left=self.window_left,
-                window_right=self.window_right,
+                window_right=self.window_right, alibi_slopes=slopes,
             )  # fmt: skip
         return output, weights
 

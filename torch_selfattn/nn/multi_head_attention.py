@@ -13,7 +13,7 @@ from ..functional import (
     multi_head_attention,
 )
 from .attention import check_dropout, check_score, init_score_weight
-from .positional import RotaryEmbedding
+from .positional import AlibiSlopes, RotaryEmbedding
 
 __all__ = ["MultiHeadAttention"]
 
@@ -116,9 +116,13 @@ class MultiHeadAttention(nn.Module):
             at most the head dim.
         scale: factor of the score; None: 1 / sqrt(head dim) for the dot product, 1 for the
             additive score.
+        alibi: lowers the score by the distance of query and key times a slope of the head, those of
+            :func:`torch_selfattn.alibi_slopes`. Not with add_bias_kv and add_zero_attn, whose keys
+            stand nowhere.
 
     Sources: Vaswani et al., 2017; Bahdanau et al., 2015 (additive score); Ainslie et al., 2023
-    (grouped heads); Su et al., 2021 (rotary); Beltagy et al., 2020 (window).
+    (grouped heads); Su et al., 2021 (rotary); Beltagy et al., 2020 (window); Press et al., 2022
+    (ALiBi).
     """
 
     in_proj_weight: Tensor | None
@@ -149,6 +153,7 @@ class MultiHeadAttention(nn.Module):
         window: tuple[int, int] = (-1, -1),
         rotary: RotaryEmbedding | None = None,
         scale: float | None = None,
+        alibi: bool = False,
     ) -> None:
         super().__init__()
         name = "MultiHeadAttention"
@@ -181,6 +186,11 @@ class MultiHeadAttention(nn.Module):
                 f"{name}: rotary.dim must not exceed the head dim "
                 f"(got rotary.dim={rotary.dim}, head dim={self.head_dim})"
             )
+        if alibi and (add_bias_kv or add_zero_attn):
+            raise ValueError(
+                f"{name}: alibi does not go with add_bias_kv and add_zero_attn "
+                f"(got add_bias_kv={add_bias_kv}, add_zero_attn={add_zero_attn})"
+            )
         self.dropout = float(dropout)
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
@@ -188,6 +198,7 @@ class MultiHeadAttention(nn.Module):
         self.window_left = int(window[0])
         self.window_right = int(window[1])
         self.rotary = rotary
+        self.alibi = AlibiSlopes(num_heads, device) if alibi else None
         default_scale = 1 / math.sqrt(self.head_dim) if score == "dot" else 1.0
         self.scale = default_scale if scale is None else float(scale)
 
@@ -220,6 +231,8 @@ class MultiHeadAttention(nn.Module):
         ``nn.MultiheadAttention`` after the same ``torch.manual_seed``."""
         self.out_proj.reset_parameters()
         self._reset_in_projection()
+        if self.alibi is not None:
+            self.alibi.reset_parameters()
 
     def _reset_in_projection(self) -> None:
         for weight in (
@@ -253,6 +266,13 @@ class MultiHeadAttention(nn.Module):
         if bias is None:
             return None
         return bias[begin:end]
+
+    def _alibi_slopes(self) -> Tensor | None:
+        slopes: Tensor | None = None
+        alibi = self.alibi
+        if alibi is not None:
+            slopes = alibi.slopes
+        return slopes
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """(B, L, heads * E) -> (B, heads, L, E), a view."""
@@ -338,15 +358,17 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout if self.training else 0.0
         score_weight = self.score_weight
+        slopes = self._alibi_slopes()
         if score_weight is None:
             out = dot_product_attention(
                 query, key, value, attn_mask, dropout_p, False, self.scale, True, key_lengths,
-                key_starts, window_left, window_right, query_offset, query_offsets,
+                key_starts, window_left, window_right, query_offset, query_offsets, slopes,
             )  # fmt: skip
         else:
             out = additive_attention(
                 query, key, value, score_weight, attn_mask, dropout_p, False, self.scale, True,
                 key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+                slopes,
             )  # fmt: skip
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights: Tensor | None = None
@@ -354,6 +376,7 @@ class MultiHeadAttention(nn.Module):
             weights = attention_weights(
                 query, key, score_weight, None, None, attn_mask, False, self.scale, True,
                 key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
+                slopes,
             )  # fmt: skip
         return out, weights
 
@@ -384,7 +407,7 @@ class MultiHeadAttention(nn.Module):
             self.out_proj.weight, self.out_proj.bias, self.score_weight, self.num_kv_heads,
             attn_mask, self.dropout if self.training else 0.0, False, self.scale, key_lengths,
             key_starts, self.window_left, self._window_right(is_causal), query_offset,
-            query_offsets,
+            query_offsets, self._alibi_slopes(),
         )  # fmt: skip
 
     def _window_right(self, is_causal: bool) -> int:

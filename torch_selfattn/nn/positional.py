@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..positional import (
     add_learned_encoding,
     add_sinusoidal_encoding,
+    alibi_slopes,
     rotary_embedding,
     rotary_tables,
 )
@@ -192,3 +193,33 @@ class RotaryEmbedding(nn.Module):
             f"dim={self.dim}, max_length={self.max_length}, base={self.base:g}, "
             f"interleaved={self.interleaved}, scaling={self.scaling:g}"
         )
+
+
+class AlibiSlopes(nn.Module):
+    """The slopes of :func:`torch_selfattn.alibi_slopes` where a module needs them: on its device,
+    float32 when it is cast to half precision, with nothing in the state dict."""
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        slopes = torch.empty(num_heads, dtype=torch.float32, device=device)
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills the slopes (again, after ``to_empty``)."""
+        if self.slopes.is_meta:
+            return
+        dtype = torch.float64 if self.slopes.dtype == torch.float64 else torch.float32
+        self.slopes = alibi_slopes(self.slopes.size(0), dtype, self.slopes.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        before = self.slopes.dtype
+        super()._apply(fn, recurse)
+        if self.slopes.dtype != before:  # back to float32, or as exact as float64 can be
+            self.reset_parameters()
+        return self
+
+    def forward(self) -> Tensor:
+        return self.slopes

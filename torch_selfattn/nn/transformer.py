@@ -84,6 +84,7 @@ class TransformerEncoderLayer(nn.Module):
         num_kv_heads: number of key and value heads, nhead by default.
         window: (left, right): how many positions before and after its own each one sees, -1 = all.
         rotary: rotates queries and keys by their position.
+        alibi: lowers scores with the distance, as in :class:`MultiHeadAttention`.
 
     Sources: Vaswani et al., 2017; Xiong et al., "On layer normalization in the transformer
     architecture", ICML 2020 (pre-norm).
@@ -107,11 +108,13 @@ class TransformerEncoderLayer(nn.Module):
         num_kv_heads: int | None = None,
         window: tuple[int, int] = (-1, -1),
         rotary: RotaryEmbedding | None = None,
+        alibi: bool = False,
     ) -> None:
         super().__init__()
         self.self_attn = MultiHeadAttention(
             d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype,
             score=score, num_kv_heads=num_kv_heads, window=window, rotary=rotary,
+            alibi=alibi,
         )  # fmt: skip
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
@@ -167,7 +170,7 @@ class TransformerDecoderLayer(nn.Module):
 
     Args:
         d_model ... dtype: as in :class:`TransformerEncoderLayer`.
-        score, num_kv_heads, window, rotary: of the self-attention.
+        score, num_kv_heads, window, rotary, alibi: of the self-attention.
         cross_score: ``"dot"`` or ``"additive"``, score of the attention to the memory.
         cross_nhead: its number of heads, nhead by default.
         cross_num_kv_heads: its number of key and value heads, cross_nhead by default.
@@ -196,12 +199,14 @@ class TransformerDecoderLayer(nn.Module):
         cross_nhead: int | None = None,
         cross_num_kv_heads: int | None = None,
         memory_dim: int | None = None,
+        alibi: bool = False,
     ) -> None:
         super().__init__()
         self.batch_first = batch_first
         self.self_attn = MultiHeadAttention(
             d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype,
             score=score, num_kv_heads=num_kv_heads, window=window, rotary=rotary,
+            alibi=alibi,
         )  # fmt: skip
         self.multihead_attn = MultiHeadAttention(
             d_model, nhead if cross_nhead is None else cross_nhead, dropout, bias,
