@@ -265,6 +265,8 @@ def _list() -> list[Problem]:
     add("long", (1, 1, 67, 33), (1, 1, 133, 33), (1, 1, 133, 40), large=True)
     add("long causal", (1, 2, 131, 8), (1, 2, 131, 8), (1, 2, 131, 8), is_causal=True, large=True)
     add("one query, long", (1, 2, 1, 64), (1, 2, 300, 64), (1, 2, 300, 64), large=True)
+    add("few queries of groups, long", (2, 6, 2, 16), (2, 2, 300, 16), (2, 2, 300, 24),
+        enable_gqa=True, key_lengths=[300, 41], large=True)  # fmt: skip
     add("wide heads", (1, 1, 5, 257), (1, 1, 6, 257), (1, 1, 6, 130), large=True)
     add(
         "long window", (1, 1, 150, 8), (1, 1, 140, 8), (1, 1, 140, 8),

@@ -1,16 +1,23 @@
 // Dot-product attention of bfloat16 with AVX512-BF16: the same driver and register tile as for
 // AVX-512, with vdpbf16ps in the place of the fused multiply-add. Queries, keys, values and the
-// gradient of the output are multiplied as they are; weights and gradients of scores are rounded to
+// gradient of the output are multiplied as they are (a few queries against many keys are not, but
+// read at the speed of memory: few_queries.h); weights and gradients of scores are rounded to
 // bfloat16 before their products, as PyTorch's kernel does. Sums, softmax and lse are float.
 // Bound: vdpbf16ps, twice as many products per instruction as an FMA.
 #define TSA_CPU_ISA avx512bf16
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/forward.h"
 
 namespace torch_selfattn::kernels::cpu {
 
 void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& parallel) {
-  avx512bf16::ForwardKernel<avx512bf16::DotScore<avx512bf16::Bfloat16Pairs>>(call, parallel).run();
+  if (avx512bf16::has_few_queries(call.problem)) {
+    avx512bf16::ForwardKernel<avx512bf16::DotScoreInPlace<float>>(call, parallel).run();
+  } else {
+    avx512bf16::ForwardKernel<avx512bf16::DotScore<avx512bf16::Bfloat16Pairs>>(call, parallel)
+        .run();
+  }
 }
 void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel) {
   avx512bf16::BackwardKernel<avx512bf16::DotGradient<avx512bf16::Bfloat16Pairs>>(call, parallel)

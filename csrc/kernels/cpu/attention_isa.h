@@ -1,23 +1,29 @@
 #pragma once
 
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/forward.h"
 
-// Entry points of one instruction set: the type that is computed in and the score.
+// Entry points of one instruction set: the type that is computed in, the score, and how keys are
+// read.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-inline void forward(const AttentionForward& call, const Parallel& parallel) {
-  const bool additive = call.problem.score == ScoreKind::kAdditive;
-  if (call.problem.compute_in_double()) {
-    if (additive) {
-      ForwardKernel<AdditiveScore<Elements<double>>>(call, parallel).run();
-    } else {
-      ForwardKernel<DotScore<Elements<double>>>(call, parallel).run();
-    }
-  } else if (additive) {
-    ForwardKernel<AdditiveScore<Elements<float>>>(call, parallel).run();
+template <typename T>
+inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
+  if (call.problem.score == ScoreKind::kAdditive) {
+    ForwardKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
+  } else if (has_few_queries(call.problem)) {
+    ForwardKernel<DotScoreInPlace<T>>(call, parallel).run();
   } else {
-    ForwardKernel<DotScore<Elements<float>>>(call, parallel).run();
+    ForwardKernel<DotScore<Elements<T>>>(call, parallel).run();
+  }
+}
+
+inline void forward(const AttentionForward& call, const Parallel& parallel) {
+  if (call.problem.compute_in_double()) {
+    forward_in<double>(call, parallel);
+  } else {
+    forward_in<float>(call, parallel);
   }
 }
 

@@ -450,7 +450,7 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
       RowRanges& ranges = *buffer.ranges;
-      ranges.compute(p, b, i0, rows, {first, first + keys});
+      ranges.compute(p, b, i0, rows, rows, {first, first + keys});
       if (ranges.all.begin >= ranges.all.end) return;
       TileRanges& tile = *buffer.tile;
       tile.template compute<kGroupRows>(ranges, rows, first, keys);

@@ -4,23 +4,27 @@
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/score.h"
 #include "kernels/cpu/tile.h"
 
 // Forward, one pass over the keys, memory O(L).
 //
-// A task owns a block of up to 64 queries of one head (and a share of the keys, where there are few
-// tasks). It walks over blocks of keys: scores of the block by the score's tile (panels of packed
-// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2), ALiBi, mask,
-// softmax with running maximum, product with the values by the same register tile. Panels and inner
-// loops are clipped to the keys that a group of rows may see.
-// Keys are packed once per head and shared if several tasks read them, else by the task itself.
+// A task owns a block of up to 64 queries of one head, or the few queries of all heads that read
+// one key head (few_queries.h), and a share of the keys, where there are few tasks. It walks over
+// blocks of keys: scores of the block by the score's tile (panels of packed keys outside, groups of
+// query rows inside: a panel stays in L1, the scores in L2), ALiBi, mask, softmax with running
+// maximum, product with the values by the same register tile. Panels and inner loops are clipped to
+// the keys that a group of rows may see.
+// Keys are packed once per head and shared if several tasks read them, else by the task itself, or
+// read where they are (few_queries.h).
 // Tasks that share a row block merge in a fixed order, so the result does not depend on threads.
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
 // If a result is not finite the block is computed again carefully: scores that overflowed anew in
 // double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
+// Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename ScoreT>
@@ -35,8 +39,7 @@ class ForwardKernel {
       : call_(call), p_(call.problem), parallel_(parallel) {}
 
   void run() {
-    const std::int64_t pairs = p_.batch * p_.heads;
-    if (pairs == 0 || p_.query_length == 0) return;
+    if (p_.batch * p_.heads == 0 || p_.query_length == 0) return;
     plan();
     if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
 
@@ -46,26 +49,32 @@ class ForwardKernel {
     Carver carver(scratch.data());
     carve(carver);
 
-    if (shared_keys_) {
-      const std::int64_t heads = p_.batch * packed_heads();
+    if constexpr (!Score::kInPlace) {
+      const std::int64_t heads = shared_keys_ ? p_.batch * packed_heads() : 0;
       const std::int64_t chunks = (p_.key_length + block_keys_ - 1) / block_keys_;
       parallel_.run(heads * chunks, [&](std::int64_t t, int thread) {
         pack_shared(t / chunks, (t % chunks) * block_keys_, thread);
       });
     }
     const bool causal = p_.window_right >= 0;
-    parallel_.run(pairs * blocks_ * splits_, [&](std::int64_t t, int thread) {
+    const std::int64_t units = p_.batch * p_.heads / block_heads_;
+    parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
       // Causal: the last rows have the most keys, so they go first.
       const std::int64_t split = t % splits_;
       const std::int64_t rest = t / splits_;
-      const std::int64_t block = causal ? blocks_ - 1 - rest / pairs : rest % blocks_;
-      const std::int64_t pair = causal ? rest % pairs : rest / blocks_;
-      Task task{*this, thread, pair / p_.heads, pair % p_.heads, block * block_rows_, split};
+      const std::int64_t block = causal ? blocks_ - 1 - rest / units : rest % blocks_;
+      const std::int64_t head = (causal ? rest % units : rest / blocks_) * block_heads_;
+      Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
       task.run();
     });
     if (splits_ > 1) {
-      parallel_.run(pairs * p_.query_length,
-                    [&](std::int64_t row, int thread) { merge(row, thread); });
+      const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
+      const std::int64_t chunk = larger<std::int64_t>(kMergedElements / (splits_ * width_ + 1), 1);
+      parallel_.run((rows + chunk - 1) / chunk, [&](std::int64_t t, int thread) {
+        for (std::int64_t row = t * chunk; row < smaller((t + 1) * chunk, rows); ++row) {
+          merge(row, thread);
+        }
+      });
     }
   }
 
@@ -79,21 +88,24 @@ class ForwardKernel {
     block_keys_ = smaller<std::int64_t>(256, larger<std::int64_t>(32768 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
     score_ld_ = block_keys_ + kLanes<T>;
+    if (Score::kInPlace) block_heads_ = p_.group_size();
     block_rows_ = smaller<std::int64_t>(p_.query_length, 64);
-    const std::int64_t pairs = p_.batch * p_.heads;
-    if (p_.query_length <= kMaxBlockRows && pairs >= 16) block_rows_ = p_.query_length;
+    const std::int64_t units = p_.batch * p_.heads / block_heads_;
+    if (p_.query_length <= kMaxBlockRows && units >= 16) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, kTileRows);
     block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
+    if (Score::kInPlace) block_rows_ = p_.query_length;
     // Few tasks and many keys: a task takes a share of at least 512 keys.
-    const std::int64_t tasks = pairs * blocks_;
+    const std::int64_t tasks = units * blocks_;
     splits_ = smaller(keys / 512, (kWantedTasks + tasks - 1) / tasks);
     splits_ = tasks >= kWantedTasks ? 1 : larger<std::int64_t>(splits_, 1);
     split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
     splits_ = (keys + split_keys_ - 1) / split_keys_;
-    shared_keys_ = p_.key_length > 0 && blocks_ * p_.heads > packed_heads();
-    copy_values_ = Operand::in_place(value_rows(0, 0)) == nullptr;
+    shared_keys_ = !Score::kInPlace && p_.key_length > 0 && blocks_ * p_.heads > packed_heads();
+    own_panels_ = !Score::kInPlace && !shared_keys_;
+    copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
 
   void carve(Carver& carver) {
@@ -127,7 +139,7 @@ class ForwardKernel {
   // What one thread works in.
   struct Buffers {
     Buffers(const ForwardKernel& k, Carver carver) {
-      const std::int64_t rows = k.block_rows_;
+      const std::int64_t rows = k.block_rows_ * k.block_heads_;
       constants = carver.take<T>(Score::constants_size(k.p_.head_dim));
       spare = carver.take<T>(Score::spare_size(k.p_.head_dim, rows));
       queries = carver.take<T>(rows * Score::query_size(k.p_.head_dim));
@@ -136,8 +148,8 @@ class ForwardKernel {
       maximum = carver.take<T>(rows);
       total = carver.take<T>(rows);
       row = carver.take<T>(k.score_ld_);
-      panels = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ * k.key_size());
-      bounds = carver.take<T>(k.shared_keys_ ? 0 : k.block_keys_ / kPanel<T>);
+      panels = carver.take<T>(k.own_panels_ ? k.block_keys_ * k.key_size() : 0);
+      bounds = carver.take<T>(k.own_panels_ ? k.block_keys_ / kPanel<T> : 0);
       values = carver.take<T>(
           k.shared_keys_ || !k.copy_values_ ? 0 : Operand::words(k.block_keys_) * k.width_);
       ranges = carver.take<RowRanges>(1);
@@ -182,32 +194,43 @@ class ForwardKernel {
     }
   }
 
-  // A block of keys as the products read it.
+  // A block of keys, and where the products read it if not in place.
   struct KeyBlock {
     std::int64_t first;
     std::int64_t keys;
-    const T* panels;
-    const T* bounds;
-    const T* values;  // packed across rows
-    std::int64_t value_ld;
+    const T* panels = nullptr;
+    const T* bounds = nullptr;
+    const T* values = nullptr;  // packed across rows
+    std::int64_t value_ld = 0;
   };
 
   struct Task {
     const ForwardKernel& k;
     int thread;
-    std::int64_t b, h, i0, split;
-    Alibi<T> alibi{k.p_, b, h};
+    std::int64_t b, h0, i0, split;  // from query i0 of head h0
+
+    // Row r of the block: as many queries of each head, head by head.
+    std::int64_t queries() const { return smaller(k.block_rows_, k.p_.query_length - i0); }
+    std::int64_t head(std::int64_t r) const {
+      return k.block_heads_ == 1 ? h0 : h0 + r / queries();
+    }
+    std::int64_t query(std::int64_t r) const {
+      return k.block_heads_ == 1 ? i0 + r : i0 + r % queries();
+    }
 
     void run() {
       const AttentionProblem& p = k.p_;
       Buffers buffer = k.buffers(thread);
-      const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
+      const std::int64_t rows = k.block_heads_ * queries();
       const KeyRange keys = {split * k.split_keys_,
                              smaller((split + 1) * k.split_keys_, p.key_length)};
-      buffer.ranges->compute(p, b, i0, rows, keys);
+      buffer.ranges->compute(p, b, i0, queries(), rows, keys);
       Score score(p, buffer.constants, buffer.spare);
-      score.set_head(b, h);
-      score.load_queries(b, h, i0, rows, buffer.queries);
+      score.set_head(b, h0);
+      for (std::int64_t r = 0; r < rows; r += queries()) {
+        score.load_queries(b, head(r), i0, queries(),
+                           buffer.queries + r * Score::query_size(p.head_dim));
+      }
       attend(buffer, score, rows, Zeros::kMultiply);
       if (!finish(buffer, rows)) {
         attend(buffer, score, rows, Zeros::kSkip);
@@ -218,7 +241,7 @@ class ForwardKernel {
     KeyBlock key_block(const Buffers& buffer, const Score& score, std::int64_t first,
                        std::int64_t keys) const {
       const AttentionProblem& p = k.p_;
-      const std::int64_t hk = h / p.group_size();
+      const std::int64_t hk = h0 / p.group_size();
       KeyBlock block{first, keys, nullptr, nullptr, nullptr, k.width_};
       const Rows value = k.value_rows(b, hk);
       if (!k.copy_values_) {
@@ -226,7 +249,7 @@ class ForwardKernel {
         block.values = Operand::in_place(value) + first * value.row_stride;
       }
       if (k.shared_keys_) {
-        const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h : hk);
+        const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h0 : hk);
         block.panels = k.key_panels_ + (head * k.padded_keys() + first) * k.key_size();
         block.bounds = k.key_bounds_ + (head * k.padded_keys() + first) / kPanel<T>;
         if (k.copy_values_) {
@@ -256,8 +279,8 @@ class ForwardKernel {
       // Blocks begin at multiples of a panel, as the shared panels do.
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
       for (; first < all.end; first += k.block_keys_) {
-        const KeyBlock block =
-            key_block(buffer, score, first, smaller(k.block_keys_, all.end - first));
+        KeyBlock block{first, smaller(k.block_keys_, all.end - first)};
+        if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, block.keys);
         buffer.tile->template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first,
                                                                   block.keys);
         score_tile(buffer, score, block, rows);
@@ -275,9 +298,14 @@ class ForwardKernel {
       for (std::int64_t u = 0; u < block.keys; u += kPanel<T>) {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
-          score.scores(buffer.queries, r, smaller<std::int64_t>(kGroupRows, rows - r),
-                       block.panels + u * k.key_size(), block.bounds[u / kPanel<T>],
-                       block.first + u, buffer.scores + r * k.score_ld_ + u, k.score_ld_);
+          const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
+          T* const to = buffer.scores + r * k.score_ld_ + u;
+          if constexpr (Score::kInPlace) {
+            score.scores(buffer.queries, r, n, block.first + u, to, k.score_ld_);
+          } else {
+            score.scores(buffer.queries, r, n, block.panels + u * k.key_size(),
+                         block.bounds[u / kPanel<T>], block.first + u, to, k.score_ld_);
+          }
         }
       }
     }
@@ -298,10 +326,13 @@ class ForwardKernel {
       const std::int64_t begin = tile.begin[r];
       const std::int64_t n = tile.end[r] - begin;
       T* const s = row + begin;
-      if (zeros == Zeros::kSkip) repair_scores(p, b, h, i0 + r, block.first + begin, n, s);
-      if (alibi.active) alibi.add(i0 + r, block.first + begin, n, zeros, s);
+      const std::int64_t h = head(r);
+      const std::int64_t i = query(r);
+      const Alibi<T> alibi(p, b, h);
+      if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
+      if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
       if (p.mask_kind != MaskKind::kNone) {
-        load_mask_row(p, b, h, i0 + r, block.first + begin, n, buffer.row);
+        load_mask_row(p, b, h, i, block.first + begin, n, buffer.row);
         add_bias(buffer.row, n, s);
       }
 
@@ -356,7 +387,7 @@ class ForwardKernel {
       buffer.total[r] += sum_lanes<T>(sum0 + sum1);
 
       if (p.dropout_p > 0.0) {
-        load_dropout_row(p, k.dropout_, b, h, i0 + r, block.first + begin, n, buffer.row);
+        load_dropout_row(p, k.dropout_, b, h, i, block.first + begin, n, buffer.row);
         for (std::int64_t x = 0; x < n; ++x) s[x] *= buffer.row[x];
       }
       fill_zero(row + tile.group_begin[g], begin - tile.group_begin[g]);
@@ -377,6 +408,18 @@ class ForwardKernel {
 
     void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
       const TileRanges& tile = *buffer.tile;
+      if (Score::kInPlace) {
+        const Rows values = k.value_rows(b, h0 / k.p_.group_size());
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+          if (tile.group_is_empty(g)) continue;
+          const std::int64_t begin = tile.group_begin[g];
+          add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+                              buffer.scores + r * k.score_ld_ + begin, k.score_ld_, values,
+                              block.first + begin, tile.group_end[g] - begin,
+                              buffer.sums + r * k.width_, k.width_);
+        }
+        return;
+      }
       for (std::int64_t d = 0; d < k.width_; d += kStrip<T>) {
         const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, k.width_ - d);
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
@@ -398,7 +441,7 @@ class ForwardKernel {
       for (std::int64_t r = 0; r < rows; ++r) {
         const T total = buffer.total[r];
         T* const sums = buffer.sums + r * k.width_;
-        const std::int64_t row = (b * p.heads + h) * p.query_length + i0 + r;
+        const std::int64_t row = (b * p.heads + head(r)) * p.query_length + query(r);
         check[0] += total - total;
         if (k.splits_ > 1) {
           const std::int64_t to = row * k.splits_ + split;
@@ -417,7 +460,7 @@ class ForwardKernel {
           check += x - x;
           store(sums + d, x);
         }
-        k.write_row(b, h, i0 + r, sums, buffer.maximum[r], total);
+        k.write_row(b, head(r), query(r), sums, buffer.maximum[r], total);
       }
       return sum_lanes<T>(check) == T(0);
     }
@@ -465,6 +508,7 @@ class ForwardKernel {
   }
 
   static constexpr std::int64_t kWantedTasks = 16;
+  static constexpr std::int64_t kMergedElements = 16384;  // by one task
 
   const AttentionForward& call_;
   const AttentionProblem& p_;
@@ -473,8 +517,9 @@ class ForwardKernel {
 
   std::int64_t width_ = 0;  // of a row of values and sums
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
+  std::int64_t block_heads_ = 1;  // that a row block takes the queries of
   std::int64_t splits_ = 1, split_keys_ = 0;
-  bool shared_keys_ = false;
+  bool shared_keys_ = false, own_panels_ = false;
   bool copy_values_ = false;
 
   T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]

@@ -44,9 +44,17 @@ TSA_INLINE std::uint16_t narrow_float16(float value) {
 
 // Whole vectors of 16-bit numbers.
 TSA_INLINE VecF widen_bfloat16s(const std::uint16_t* from) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
   typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   const auto bits = *reinterpret_cast<const Bits*>(from);
   return (VecF)(__builtin_convertvector(bits, IntVec<float>) << 16);
+#endif
 }
 TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
 #if defined(__AVX512F__)
@@ -127,6 +135,51 @@ inline void store_elements(void* data, std::int64_t offset, std::int64_t stride,
   } else {
     for (std::int64_t d = 0; d < n; ++d) {
       to[d * stride] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
+    }
+  }
+}
+
+// kLanes<T> elements.
+template <typename T, DType dtype>
+TSA_INLINE Vec<T> load_widened(const typename Storage<dtype>::type* from) {
+  if constexpr (sizeof(typename Storage<dtype>::type) == sizeof(T)) {
+    return load(from);
+  } else if constexpr (dtype == DType::kBFloat16) {
+    return widen_bfloat16s(from);
+  } else if constexpr (dtype == DType::kFloat16) {
+    return widen_float16s(from);
+  } else {
+    Vec<T> v{};
+    for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = static_cast<T>(from[lane]);
+    return v;
+  }
+}
+// The first n < kLanes of them, zeros behind; touches nothing behind from[n - 1].
+template <typename T, DType dtype>
+TSA_INLINE Vec<T> load_first_widened(const typename Storage<dtype>::type* from, std::int64_t n) {
+  using Element = typename Storage<dtype>::type;
+  if constexpr (sizeof(Element) == sizeof(T)) {
+    return load_first(from, n);
+  } else {
+    Element elements[kLanes<T>] = {};
+    for (std::int64_t d = 0; d < n; ++d) elements[d] = from[d];
+    return load_widened<T, dtype>(elements);
+  }
+}
+// body.template operator()<dtype>() for the dtypes that are computed with in T.
+template <typename T, typename Body>
+TSA_INLINE void with_widened(DType dtype, Body&& body) {
+  if constexpr (sizeof(T) == 8) {
+    if (dtype == DType::kFloat64) {
+      body.template operator()<DType::kFloat64>();
+    } else {
+      body.template operator()<DType::kFloat32>();
+    }
+  } else {
+    switch (dtype) {
+      case DType::kFloat16: body.template operator()<DType::kFloat16>(); break;
+      case DType::kBFloat16: body.template operator()<DType::kBFloat16>(); break;
+      default: body.template operator()<DType::kFloat32>(); break;
     }
   }
 }

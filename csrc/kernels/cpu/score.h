@@ -56,6 +56,7 @@ class DotScore {
   static constexpr int kGroupRows = kTileRows;
   // Keys are the same for all query heads of a group.
   static constexpr bool kKeysPerQueryHead = false;
+  static constexpr bool kInPlace = false;  // keys are packed into panels
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
   // Words per query and per key.
   static std::int64_t query_size(std::int64_t head_dim) {
@@ -175,6 +176,7 @@ class AdditiveScore {
   static constexpr ScoreKind kKind = ScoreKind::kAdditive;
   static constexpr int kGroupRows = 4;
   static constexpr bool kKeysPerQueryHead = true;  // the sign of w is in them
+  static constexpr bool kInPlace = false;
   static std::int64_t constants_size(std::int64_t head_dim) { return 3 * padded<T>(head_dim); }
   static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
   static std::int64_t key_size(std::int64_t head_dim) { return head_dim; }

@@ -13,19 +13,20 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 constexpr int kMaxBlockRows = 128;
 
-// For every row of a query block the keys [begin, end) that it may see; end <= begin: none.
+// For every row of a query block the keys [begin, end) that it may see; end <= begin: none. Rows
+// are the queries from first_query, repeated for each head of the block.
 struct RowRanges {
   std::int64_t begin[kMaxBlockRows];
   std::int64_t end[kMaxBlockRows];
   KeyRange all;  // hull over the rows
 
-  void compute(const AttentionProblem& p, std::int64_t b, std::int64_t first_row, std::int64_t rows,
-               KeyRange keys) {
+  void compute(const AttentionProblem& p, std::int64_t b, std::int64_t first_query,
+               std::int64_t queries, std::int64_t rows, KeyRange keys) {
     all = {keys.end, keys.begin};
     const bool windowed = p.window_left >= 0 || p.window_right >= 0;
     for (std::int64_t r = 0; r < rows; ++r) {
       if (r == 0 || windowed) {
-        const KeyRange range = key_range(p, b, first_row + r);
+        const KeyRange range = key_range(p, b, first_query + r % queries);
         begin[r] = larger(range.begin, keys.begin);
         end[r] = smaller(range.end, keys.end);
       } else {

@@ -90,6 +90,26 @@ std::vector<Case> problems() {
              c.query_length = 203, c.key_length = 701, c.head_dim = 32, c.value_dim = 16;
            }),
       make("one query", [](Case& c) { c.query_length = 1, c.key_length = 2100, c.batch = 1; }),
+      make("one query, whole vectors",
+           [](Case& c) {
+             c.query_length = 1, c.key_length = 300, c.head_dim = 64, c.value_dim = 128;
+           }),
+      make("few queries of a group",
+           [](Case& c) {
+             c.heads = 6, c.query_length = 2, c.key_length = 1100, c.head_dim = 20;
+             c.layout = Layout::kLengthFirst, c.window_right = 0, c.query_offset = 700;
+             c.key_lengths = {900, 1100}, c.key_starts = {5, 0}, c.dropout = 0.2;
+           }),
+      make("few queries of one key head",
+           [](Case& c) {
+             c.heads = 7, c.kv_heads = 1, c.query_length = 1, c.head_dim = 33, c.value_dim = 70;
+             c.mask = MaskKind::kFloat;
+           }),
+      make("three queries",
+           [](Case& c) {
+             c.query_length = 3, c.mask = MaskKind::kBool, c.mask_full[0] = false;
+             c.layout = Layout::kExpanded;
+           }),
       make("one key", [](Case& c) { c.key_length = 1, c.grad_lse = true; }),
       make("causal", [](Case& c) { c.query_length = c.key_length = 150, c.window_right = 0; }),
       make("window",
@@ -230,6 +250,8 @@ TEST_CASE("results do not depend on the number of threads") {
                           c.batch = c.heads = c.kv_heads = 1;
                           c.query_length = 150, c.key_length = 2200, c.head_dim = c.value_dim = 8;
                         }),
+                   make("few queries of a group",
+                        [](Case& c) { c.heads = 6, c.query_length = 1, c.key_length = 2100; }),
                    make("shared mask",
                         [](Case& c) {
                           c.batch = 3, c.key_length = 600, c.head_dim = c.value_dim = 8;
@@ -303,6 +325,25 @@ TEST_CASE("NaN and inf at keys that no query sees do not leak") {
         }
       }
     }
+  }
+}
+
+TEST_CASE("few queries: NaN and inf stay with the rows that see them") {
+  for (const double poison : {kNaN, kInfinity, -kInfinity}) {
+    Case c;
+    c.name = "few queries";
+    c.heads = 4, c.query_length = 2, c.key_length = 70;
+    c.mask = MaskKind::kBool, c.mask_full[1] = false;
+    Instance instance(c);
+    for (std::int64_t j = 3; j < c.key_length; j += 5) {
+      instance.key.set(0, 1, j, j % 24, poison);
+      instance.value.set(1, 0, j, j % 24, poison);
+    }
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(2));
+      CHECK(relative_error(got.out, expected.out) < tolerance(c));
+      CHECK(relative_error(got.lse, expected.lse) < tolerance(c));
+    });
   }
 }
 
