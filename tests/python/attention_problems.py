@@ -137,11 +137,12 @@ def philox_dropout_factors(
 @dataclass(frozen=True)
 class Mask:
     """kind: "bool", "float" (dtype of query), "float32"; holes: some pairs, and one whole row of
-    queries, may not attend (-inf in a floating mask)."""
+    queries, may not attend (-inf in a floating mask); block: the holes are squares of this size."""
 
     kind: str
     shape: Shape
     holes: bool = True
+    block: int = 1
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,14 @@ class Problem:
 
     def _mask(self, randn: Any, dtype: torch.dtype) -> Tensor:
         assert self.mask is not None
-        closed = randn(self.mask.shape) < -0.7
+        if self.mask.block > 1:
+            *leading, rows, columns = self.mask.shape
+            size = self.mask.block
+            coarse = randn((*leading, -(-rows // size), -(-columns // size))) < 0.3
+            blocks = coarse.repeat_interleave(size, -2).repeat_interleave(size, -1)
+            closed = blocks[..., :rows, :columns].clone()
+        else:
+            closed = randn(self.mask.shape) < -0.7
         if self.mask.holes and closed.dim() >= 2 and closed.shape[-2] > 1:
             closed[..., 1, :] = True
         if not self.mask.holes:
@@ -355,6 +363,11 @@ def _list() -> list[Problem]:
         query_offset=299, large=True)  # fmt: skip
     add("long slopes", (2, 2, 67, 8), (2, 2, 76, 8), (2, 2, 76, 8), slopes=(2,),
         is_causal=True, query_offset=9, large=True)  # fmt: skip
+    add("mask of blocks", (1, 2, 90, 8), (1, 2, 330, 8), (1, 2, 330, 8),
+        mask=Mask("bool", (90, 330), block=40), large=True)  # fmt: skip
+    add("mask of blocks, few queries", (2, 4, 2, 8), (2, 1, 330, 8), (2, 1, 330, 8),
+        mask=Mask("float", (2, 1, 2, 330), holes=True, block=50), enable_gqa=True,
+        large=True)  # fmt: skip
     # Dropout.
     add("dropout", q, k, v, dropout_p=0.4)
     add("dropout and mask", q, k, v, dropout_p=0.3, mask=Mask("float", (4, 5)))

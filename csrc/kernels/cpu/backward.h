@@ -184,14 +184,14 @@ class BackwardKernel {
       grad_value = carver.take<T>(k.block_keys_ * k.value_width_);
       factors = carver.take<T>(k.query_width_);
       ranges = carver.take<RowRanges>(1);
-      tile = carver.take<TileRanges>(1);
+      tile = carver.take<TileRanges<T>>(1);
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
     T *weights, *grad_scores, *packed_grad_scores, *row, *grad_key, *grad_key_head, *grad_value,
         *factors;
     RowRanges* ranges;
-    TileRanges* tile;
+    TileRanges<T>* tile;
     std::int64_t bytes;
   };
   Buffers buffers(int thread) const {
@@ -254,11 +254,7 @@ class BackwardKernel {
     for (std::int64_t j = range.begin; j < range.end; ++j) {
       T score = static_cast<T>(exact_score<T>(p_, b, h, i, j));
       if (alibi.active) alibi.add(i, j, 1, Zeros::kSkip, &score);
-      if (p_.mask_kind != MaskKind::kNone) {
-        T bias = 0;
-        load_mask_row(p_, b, h, i, j, 1, &bias);
-        add_bias(&bias, 1, &score);
-      }
+      if (p_.mask_kind != MaskKind::kNone) add_mask_row(p_, b, h, i, j, 1, &score);
       if (score == -infinity<T>()) continue;
       if (score > maximum) {
         total = maximum == -infinity<T>() ? T(0) : total * exp2_of(maximum - score);
@@ -452,8 +448,12 @@ class BackwardKernel {
       RowRanges& ranges = *buffer.ranges;
       ranges.compute(p, b, i0, rows, rows, {first, first + keys});
       if (ranges.all.begin >= ranges.all.end) return;
-      TileRanges& tile = *buffer.tile;
+      TileRanges<T>& tile = *buffer.tile;
       tile.template compute<kGroupRows>(ranges, rows, first, keys);
+      if (p.mask_kind != MaskKind::kNone) {
+        const auto offset = [&](std::int64_t r) { return mask_offset(p, b, h, i0 + r, first); };
+        if (!tile.template look_at_mask<kGroupRows>(p, rows, offset)) return;
+      }
 
       const Matrix query = k.query_along(b, h);
       const Matrix grad_out = k.grad_out_along(b, h);
@@ -462,7 +462,7 @@ class BackwardKernel {
       gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
+          if (!tile.touches(g, u)) continue;
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
           const std::int64_t at = r * k.score_ld_ + u;
           gradient.scores(r, n, buffer.key_panels + u * key_size, buffer.bounds[u / kPanel<T>],
@@ -507,7 +507,7 @@ class BackwardKernel {
 
     // Weights and gradients of the scores as operands: words across two rows take the place of the
     // first row; the gradients are also packed along the rows.
-    void pack_tile(const TileRanges& tile, std::int64_t rows) const {
+    void pack_tile(const TileRanges<T>& tile, std::int64_t rows) const {
       if constexpr (kPacksTwice) {
         constexpr int lanes = kLanes<T>;
         const std::int64_t ld = k.score_ld_;
@@ -524,6 +524,7 @@ class BackwardKernel {
             fill_zero(grads + ld + begin, end - begin);
           }
           for (std::int64_t j = begin; j < end; j += kPanel<T>) {
+            if (!tile.touches(g, j)) continue;
             store(along + Operand::words(j), Operand::round_along(grads + j));
             store(along + k.packed_ld() + Operand::words(j), Operand::round_along(grads + ld + j));
             for (std::int64_t x = j; x < j + kPanel<T>; x += lanes) {
@@ -539,42 +540,49 @@ class BackwardKernel {
     // all panels that its group has touched. Returns sum G.
     T softmax_row(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t r, std::int64_t g,
                   std::int64_t first, Zeros zeros) {
-      constexpr int lanes = kLanes<T>;
-      const AttentionProblem& p = k.p_;
-      const TileRanges& tile = *buffer.tile;
-      const std::int64_t panels_begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
-      const std::int64_t panels_end = round_up(tile.group_end[g], kPanel<T>);
+      const TileRanges<T>& tile = *buffer.tile;
       T* const weights = buffer.weights + r * k.score_ld_;
       T* const grads = buffer.grad_scores + r * k.score_ld_;
-      const std::int64_t row = k.first_row(b, h) + i;
-      const T lse = k.lse_[row];
-      if (tile.row_is_empty(r) || lse == -infinity<T>()) {
-        fill_zero(weights + panels_begin, panels_end - panels_begin);
-        fill_zero(grads + panels_begin, panels_end - panels_begin);
-        return T(0);
+      const bool empty = k.lse_[k.first_row(b, h) + i] == -infinity<T>();
+      Vec<T> total{};
+      for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
+        const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
+        const std::int64_t end = empty ? begin : larger(begin, smaller(tile.end[r], span.end));
+        if (begin < end) {
+          total += softmax_span(b, h, i, first + begin, end - begin, weights + begin, grads + begin,
+                                zeros);
+        }
+        const std::int64_t panels_begin = span.begin / kPanel<T> * kPanel<T>;
+        const std::int64_t panels_end = round_up(span.end, kPanel<T>);
+        fill_zero(weights + panels_begin, begin - panels_begin);
+        fill_zero(grads + panels_begin, begin - panels_begin);
+        fill_zero(weights + end, panels_end - end);
+        fill_zero(grads + end, panels_end - end);
       }
-      const std::int64_t begin = tile.begin[r];
-      const std::int64_t n = tile.end[r] - begin;
-      T* const w = weights + begin;
-      T* const x = grads + begin;
-      const T shift = lse;
+      return sum_lanes<T>(total);
+    }
+
+    // The n pairs of query i and the keys from `key`: scores w become f p, dP in x becomes G.
+    Vec<T> softmax_span(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t key,
+                        std::int64_t n, T* w, T* x, Zeros zeros) {
+      constexpr int lanes = kLanes<T>;
+      const AttentionProblem& p = k.p_;
+      const std::int64_t row = k.first_row(b, h) + i;
+      const T shift = k.lse_[row];
       const T norm = k.norm_[row];
       if (k.huge_[row] != 0) {
         // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.
         for (std::int64_t j = 0; j < n; ++j) {
           if (w[j] > -kExact && w[j] < kExact) continue;
-          w[j] = static_cast<T>(exact_score<T>(p, b, h, i, first + begin + j));
+          w[j] = static_cast<T>(exact_score<T>(p, b, h, i, key + j));
         }
       } else if (zeros == Zeros::kSkip) {
-        repair_scores(p, b, h, i, first + begin, n, w);
+        repair_scores(p, b, h, i, key, n, w);
       }
-      if (alibi.active) alibi.add(i, first + begin, n, zeros, w);
-      if (p.mask_kind != MaskKind::kNone) {
-        load_mask_row(p, b, h, i, first + begin, n, buffer.row);
-        add_bias(buffer.row, n, w);
-      }
+      if (alibi.active) alibi.add(i, key, n, zeros, w);
+      if (p.mask_kind != MaskKind::kNone) add_mask_row(p, b, h, i, key, n, w);
       const bool drops = p.dropout_p > 0.0;
-      if (drops) load_dropout_row(p, k.dropout_, b, h, i, first + begin, n, buffer.row);
+      if (drops) load_dropout_row(p, k.dropout_, b, h, i, key, n, buffer.row);
       const Vec<T> delta = splat(k.delta_[row]);
       Vec<T> total{};
       Vec<T> smallest{};
@@ -600,15 +608,9 @@ class BackwardKernel {
       if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
         w[0] = infinity<T>() - infinity<T>();
       }
-      if (k.wants_mask_) add_mask_gradient(b, h, i, first + begin, n, x);
-      if (k.slope_sums_ != nullptr) {
-        slope_sum(b, h) -= alibi.sum_distances(i, first + begin, n, x);
-      }
-      fill_zero(weights + panels_begin, begin - panels_begin);
-      fill_zero(grads + panels_begin, begin - panels_begin);
-      fill_zero(weights + tile.end[r], panels_end - tile.end[r]);
-      fill_zero(grads + tile.end[r], panels_end - tile.end[r]);
-      return sum_lanes<T>(total);
+      if (k.wants_mask_) add_mask_gradient(b, h, i, key, n, x);
+      if (k.slope_sums_ != nullptr) slope_sum(b, h) -= alibi.sum_distances(i, key, n, x);
+      return total;
     }
 
     // This task's part of the mask's gradient.

@@ -16,7 +16,8 @@
 // blocks of keys: scores of the block by the score's tile (panels of packed keys outside, groups of
 // query rows inside: a panel stays in L1, the scores in L2), ALiBi, mask, softmax with running
 // maximum, product with the values by the same register tile. Panels and inner loops are clipped to
-// the keys that a group of rows may see.
+// the keys that a group of rows may see; panels that the mask hides from a group are left out
+// (TileRanges).
 // Keys are packed once per head and shared if several tasks read them, else by the task itself, or
 // read where they are (few_queries.h).
 // Tasks that share a row block merge in a fixed order, so the result does not depend on threads.
@@ -153,13 +154,13 @@ class ForwardKernel {
       values = carver.take<T>(
           k.shared_keys_ || !k.copy_values_ ? 0 : Operand::words(k.block_keys_) * k.width_);
       ranges = carver.take<RowRanges>(1);
-      tile = carver.take<TileRanges>(1);
+      tile = carver.take<TileRanges<T>>(1);
       bytes = carver.used();
     }
     T *constants, *spare, *queries, *scores, *sums, *maximum, *total, *row;
     T *panels, *bounds, *values;
     RowRanges* ranges;
-    TileRanges* tile;
+    TileRanges<T>* tile;
     std::int64_t bytes;
   };
   Buffers buffers(int thread) const {
@@ -270,6 +271,7 @@ class ForwardKernel {
 
     // Sums over all keys of the task: buffer.sums, .maximum, .total.
     void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
       for (std::int64_t r = 0; r < rows; ++r) {
         buffer.maximum[r] = -infinity<T>();
         buffer.total[r] = T(0);
@@ -279,10 +281,17 @@ class ForwardKernel {
       // Blocks begin at multiples of a panel, as the shared panels do.
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
       for (; first < all.end; first += k.block_keys_) {
-        KeyBlock block{first, smaller(k.block_keys_, all.end - first)};
-        if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, block.keys);
-        buffer.tile->template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first,
-                                                                  block.keys);
+        TileRanges<T>& tile = *buffer.tile;
+        const std::int64_t keys = smaller(k.block_keys_, all.end - first);
+        tile.template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first, keys);
+        if (p.mask_kind != MaskKind::kNone) {
+          const auto offset = [&](std::int64_t r) {
+            return mask_offset(p, b, head(r), query(r), first);
+          };
+          if (!tile.template look_at_mask<kGroupRows>(p, rows, offset)) continue;
+        }
+        KeyBlock block{first, keys};
+        if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
         score_tile(buffer, score, block, rows);
         for (std::int64_t r = 0; r < rows; ++r) {
           const std::int64_t g = r / kGroupRows;
@@ -294,10 +303,10 @@ class ForwardKernel {
     }
 
     void score_tile(Buffers& buffer, Score& score, const KeyBlock& block, std::int64_t rows) {
-      const TileRanges& tile = *buffer.tile;
+      const TileRanges<T>& tile = *buffer.tile;
       for (std::int64_t u = 0; u < block.keys; u += kPanel<T>) {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
+          if (!tile.touches(g, u)) continue;
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
           T* const to = buffer.scores + r * k.score_ld_ + u;
           if constexpr (Score::kInPlace) {
@@ -316,38 +325,32 @@ class ForwardKernel {
                      Zeros zeros) {
       constexpr std::int64_t lanes = kLanes<T>;
       const AttentionProblem& p = k.p_;
-      const TileRanges& tile = *buffer.tile;
+      const TileRanges<T>& tile = *buffer.tile;
       T* const row = buffer.scores + r * k.score_ld_;
-      if (tile.row_is_empty(r)) {
-        fill_zero(row + tile.group_begin[g], tile.group_end[g] - tile.group_begin[g]);
-        pack_weights(row, tile.group_begin[g], tile.group_end[g]);
-        return;
-      }
-      const std::int64_t begin = tile.begin[r];
-      const std::int64_t n = tile.end[r] - begin;
-      T* const s = row + begin;
       const std::int64_t h = head(r);
       const std::int64_t i = query(r);
       const Alibi<T> alibi(p, b, h);
-      if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
-      if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
-      if (p.mask_kind != MaskKind::kNone) {
-        load_mask_row(p, b, h, i, block.first + begin, n, buffer.row);
-        add_bias(buffer.row, n, s);
-      }
-
-      const std::int64_t whole = n / lanes * lanes;
       Vec<T> largest = splat(-infinity<T>());
       Vec<T> smallest = splat(infinity<T>());
-      for (std::int64_t j = 0; j < whole; j += lanes) {
-        const Vec<T> score = load(s + j);
-        largest = at_least(score, largest);
-        smallest = at_most(score, smallest);
-      }
-      if (whole < n) {
-        const Vec<T> score = load_first(s + whole, n - whole);
-        largest = at_least(first_lanes<T>(score, n - whole, largest), largest);
-        smallest = at_most(first_lanes<T>(score, n - whole, smallest), smallest);
+      for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
+        const std::int64_t begin = larger(span.begin, tile.begin[r]);
+        const std::int64_t n = smaller(span.end, tile.end[r]) - begin;
+        if (n <= 0) continue;
+        T* const s = row + begin;
+        if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
+        if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
+        if (p.mask_kind != MaskKind::kNone) add_mask_row(p, b, h, i, block.first + begin, n, s);
+        std::int64_t j = 0;
+        for (; j + lanes <= n; j += lanes) {
+          const Vec<T> score = load(s + j);
+          largest = at_least(score, largest);
+          smallest = at_most(score, smallest);
+        }
+        if (j < n) {
+          const Vec<T> score = load_first(s + j, n - j);
+          largest = at_least(first_lanes<T>(score, n - j, largest), largest);
+          smallest = at_most(first_lanes<T>(score, n - j, smallest), smallest);
+        }
       }
       // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
       if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
@@ -369,30 +372,35 @@ class ForwardKernel {
       // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
       const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
       Vec<T> sum0{}, sum1{};
-      std::int64_t j = 0;
-      for (; j + 2 * lanes <= n; j += 2 * lanes) {
-        const Vec<T> p0 = exp2<T>(load(s + j) - shift);
-        const Vec<T> p1 = exp2<T>(load(s + j + lanes) - shift);
-        sum0 += p0;
-        sum1 += p1;
-        store(s + j, p0);
-        store(s + j + lanes, p1);
-      }
-      for (; j < n; j += lanes) {
-        const Vec<T> weight =
-            first_lanes<T>(exp2<T>(load_up_to(s + j, n - j) - shift), n - j, Vec<T>{});
-        sum0 += weight;
-        store_up_to(s + j, weight, n - j);
+      for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
+        const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
+        const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
+        const std::int64_t n = end - begin;
+        T* const s = row + begin;
+        std::int64_t j = 0;
+        for (; j + 2 * lanes <= n; j += 2 * lanes) {
+          const Vec<T> p0 = exp2<T>(load(s + j) - shift);
+          const Vec<T> p1 = exp2<T>(load(s + j + lanes) - shift);
+          sum0 += p0;
+          sum1 += p1;
+          store(s + j, p0);
+          store(s + j + lanes, p1);
+        }
+        for (; j < n; j += lanes) {
+          const Vec<T> weight =
+              first_lanes<T>(exp2<T>(load_up_to(s + j, n - j) - shift), n - j, Vec<T>{});
+          sum0 += weight;
+          store_up_to(s + j, weight, n - j);
+        }
+        if (p.dropout_p > 0.0) {
+          load_dropout_row(p, k.dropout_, b, h, i, block.first + begin, n, buffer.row);
+          for (std::int64_t x = 0; x < n; ++x) s[x] *= buffer.row[x];
+        }
+        fill_zero(row + span.begin, begin - span.begin);
+        fill_zero(row + end, span.end - end);
+        pack_weights(row, span.begin, span.end);
       }
       buffer.total[r] += sum_lanes<T>(sum0 + sum1);
-
-      if (p.dropout_p > 0.0) {
-        load_dropout_row(p, k.dropout_, b, h, i, block.first + begin, n, buffer.row);
-        for (std::int64_t x = 0; x < n; ++x) s[x] *= buffer.row[x];
-      }
-      fill_zero(row + tile.group_begin[g], begin - tile.group_begin[g]);
-      fill_zero(row + tile.end[r], tile.group_end[g] - tile.end[r]);
-      pack_weights(row, tile.group_begin[g], tile.group_end[g]);
     }
 
     // Weights of keys [begin, end) as the left operand of the product with the values, in place:
@@ -407,29 +415,30 @@ class ForwardKernel {
     }
 
     void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
-      const TileRanges& tile = *buffer.tile;
+      const TileRanges<T>& tile = *buffer.tile;
       if (Score::kInPlace) {
         const Rows values = k.value_rows(b, h0 / k.p_.group_size());
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (tile.group_is_empty(g)) continue;
-          const std::int64_t begin = tile.group_begin[g];
-          add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
-                              buffer.scores + r * k.score_ld_ + begin, k.score_ld_, values,
-                              block.first + begin, tile.group_end[g] - begin,
-                              buffer.sums + r * k.width_, k.width_);
+          for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
+            add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+                                buffer.scores + r * k.score_ld_ + s.begin, k.score_ld_, values,
+                                block.first + s.begin, s.end - s.begin, buffer.sums + r * k.width_,
+                                k.width_);
+          }
         }
         return;
       }
       for (std::int64_t d = 0; d < k.width_; d += kStrip<T>) {
         const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, k.width_ - d);
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (tile.group_is_empty(g)) continue;
-          const std::int64_t begin = Operand::words(tile.group_begin[g]);
-          multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
-                                        buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
-                                        block.values + begin * block.value_ld + d, block.value_ld,
-                                        Operand::words(tile.group_end[g]) - begin,
-                                        buffer.sums + r * k.width_ + d, k.width_, columns);
+          for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
+            const std::int64_t begin = Operand::words(s.begin);
+            multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+                                          buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
+                                          block.values + begin * block.value_ld + d, block.value_ld,
+                                          Operand::words(s.end) - begin,
+                                          buffer.sums + r * k.width_ + d, k.width_, columns);
+          }
         }
       }
     }

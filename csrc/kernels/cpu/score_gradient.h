@@ -13,7 +13,7 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 // One block of queries against one block of keys.
 template <typename T>
 struct GradientTile {
-  const TileRanges* ranges;
+  const TileRanges<T>* ranges;
   std::int64_t rows;  // queries
   std::int64_t keys;
   // G, 0 where a row of a group may not see a key: words along the keys [rows][ld], and words
@@ -31,9 +31,10 @@ struct GradientTile {
 };
 
 // C(j, :) += sum_i A(i, j) B(i, :) over the rows i of a tile, for each group of keys only those
-// rows that see one of them (and the others of their words, where A is 0).
+// rows that see one of them (and the others of their words, where A is 0). Rows of groups that the
+// mask hides the keys from are left out.
 template <typename Operand, int kGroupRows, typename T = typename Operand::Scalar>
-inline void add_transposed(const TileRanges& ranges, std::int64_t rows, std::int64_t keys,
+inline void add_transposed(const TileRanges<T>& ranges, std::int64_t rows, std::int64_t keys,
                            Zeros zeros, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
                            T* c, std::int64_t width) {
   for (std::int64_t d = 0; d < width; d += kStrip<T>) {
@@ -48,11 +49,19 @@ inline void add_transposed(const TileRanges& ranges, std::int64_t rows, std::int
         while (first < rows && (ranges.row_is_empty(first) || ranges.end[first] <= j)) ++first;
         last = larger(last, first);
         while (last < rows && !ranges.row_is_empty(last) && ranges.begin[last] < j_end) ++last;
-        if (first == last) continue;
-        const std::int64_t word = first / Operand::kPack;
-        multiply<Operand, true, false>(zeros, j_end - j, a + word * lda + j, lda,
-                                       b + word * ldb + d, ldb, Operand::words(last) - word,
-                                       c + j * width + d, width, columns);
+        for (std::int64_t r = first; r < last;) {
+          std::int64_t end = r;
+          while (end < last && ranges.touches(end / kGroupRows, u)) {
+            end = smaller(end / kGroupRows * kGroupRows + kGroupRows, last);
+          }
+          if (r < end) {
+            const std::int64_t word = r / Operand::kPack;
+            multiply<Operand, true, false>(zeros, j_end - j, a + word * lda + j, lda,
+                                           b + word * ldb + d, ldb, Operand::words(end) - word,
+                                           c + j * width + d, width, columns);
+          }
+          r = end / kGroupRows * kGroupRows + kGroupRows;
+        }
       }
     }
   }
@@ -125,13 +134,15 @@ class DotGradient {
     for (std::int64_t d = 0; d < width_; d += kStrip<T>) {
       const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width_ - d);
       for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
-        if (tile.ranges->group_is_empty(g)) continue;
-        const std::int64_t begin = tile.ranges->group_begin[g] / Operand::kPack;
-        multiply<Operand, true, true>(
-            tile.zeros, smaller<std::int64_t>(kGroupRows, tile.rows - r),
-            tile.gradient + r * tile.ld + begin, tile.ld, key_ + begin * key_ld_ + d, key_ld_,
-            Operand::words(tile.ranges->group_end[g]) - begin,
-            tile.grad_query + r * tile.grad_query_ld + d, tile.grad_query_ld, columns);
+        const TileRanges<T>& ranges = *tile.ranges;
+        for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
+          const std::int64_t begin = s.begin / Operand::kPack;
+          multiply<Operand, true, true>(
+              tile.zeros, smaller<std::int64_t>(kGroupRows, tile.rows - r),
+              tile.gradient + r * tile.ld + begin, tile.ld, key_ + begin * key_ld_ + d, key_ld_,
+              Operand::words(s.end) - begin, tile.grad_query + r * tile.grad_query_ld + d,
+              tile.grad_query_ld, columns);
+        }
       }
     }
   }
@@ -284,12 +295,14 @@ class AdditiveGradient {
     for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
       Vec<T> sum{};
       for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
-        if (tile.ranges->group_is_empty(g)) continue;
+        const TileRanges<T>& ranges = *tile.ranges;
         const std::int64_t rows = smaller<std::int64_t>(kGroupRows, tile.rows - r);
-        if (product) {
-          sum += sweep<Join::kProduct>(tile, query_, key_, r, rows, g, d);
-        } else {
-          sum += sweep<Join::kSum>(tile, raw_query_, raw_key_, r, rows, g, d);
+        for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
+          if (product) {
+            sum += sweep<Join::kProduct>(tile, query_, key_, r, rows, s, d);
+          } else {
+            sum += sweep<Join::kSum>(tile, raw_query_, raw_key_, r, rows, s, d);
+          }
         }
       }
       for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
@@ -320,19 +333,19 @@ class AdditiveGradient {
 
   template <Join join>
   Vec<T> sweep(const GradientTile<T>& tile, const T* query, const T* key, std::int64_t r,
-               std::int64_t rows, std::int64_t g, std::int64_t d) const {
-    const std::int64_t begin = tile.ranges->group_begin[g];
-    const std::int64_t end = tile.ranges->group_end[g];
+               std::int64_t rows, KeyRange keys, std::int64_t d) const {
     if (rows == 4 && tile.zeros == Zeros::kMultiply) {
       return additive_sweep<T, 4, join, Zeros::kMultiply>(
-          query + r * width_ + d, key + d, width_, begin, end, tile.gradient + r * tile.ld, tile.ld,
-          tile.grad_query + r * tile.grad_query_ld + d, tile.grad_query_ld, tile.grad_key + d);
+          query + r * width_ + d, key + d, width_, keys.begin, keys.end,
+          tile.gradient + r * tile.ld, tile.ld, tile.grad_query + r * tile.grad_query_ld + d,
+          tile.grad_query_ld, tile.grad_key + d);
     }
     Vec<T> sum{};
     for (std::int64_t i = r; i < r + rows; ++i) {
       sum += additive_sweep<T, 1, join, Zeros::kSkip>(
-          query + i * width_ + d, key + d, width_, begin, end, tile.gradient + i * tile.ld, tile.ld,
-          tile.grad_query + i * tile.grad_query_ld + d, tile.grad_query_ld, tile.grad_key + d);
+          query + i * width_ + d, key + d, width_, keys.begin, keys.end,
+          tile.gradient + i * tile.ld, tile.ld, tile.grad_query + i * tile.grad_query_ld + d,
+          tile.grad_query_ld, tile.grad_key + d);
     }
     return sum;
   }

@@ -146,6 +146,47 @@ inline void store_up_to(T* to, Vec<T> v, std::int64_t n) {
   }
 }
 
+// Lanes whose byte is not 0: -1.
+template <typename T>
+TSA_INLINE IntVec<T> nonzero_bytes(const std::uint8_t* bytes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (IntVec<T>)_mm512_cvtepu8_epi32(
+               _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))) != 0;
+  } else {
+    return (IntVec<T>)_mm512_cvtepu8_epi64(
+               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))) != 0;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (IntVec<T>)_mm256_cvtepu8_epi32(
+               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))) != 0;
+  } else {
+    std::int32_t four;
+    __builtin_memcpy(&four, bytes, sizeof(four));
+    return (IntVec<T>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)) != 0;
+  }
+#else
+  IntVec<T> v{};
+  for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = bytes[lane] != 0 ? -1 : 0;
+  return v;
+#endif
+}
+
+// Whether a lane of a comparison holds.
+template <typename T>
+TSA_INLINE bool any_lane(IntVec<T> v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)v, (__m256i)v) == 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes<T>; ++lane) any = any || v[lane] != 0;
+  return any;
+#endif
+}
+
 // a * b + c and c - a * b, fused where the machine can.
 #if defined(__AVX512F__)
 TSA_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }

@@ -5,10 +5,11 @@
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/philox.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/mask.h"
 #include "kernels/cpu/rows.h"
 
-// What forward and backward share about a tile of scores: which keys each row sees, ALiBi, the mask
-// as a bias, dropout factors.
+// What forward and backward share about a tile of scores: which keys each row sees, ALiBi, dropout
+// factors.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 constexpr int kMaxBlockRows = 128;
@@ -42,19 +43,25 @@ struct RowRanges {
 
 // The columns of a key block [first_key, first_key + keys) that rows see: columns [begin[r],
 // end[r]) of row r, and per group of kGroupRows rows the hull, rounded to words of kPack columns,
-// which may add a column behind the last. Empty: begin >= end.
+// which may add a column behind the last. Empty: begin >= end. The mask may leave out whole panels
+// of a group; what is left of the hull are its spans.
+template <typename T>
 struct TileRanges {
   std::int64_t begin[kMaxBlockRows];
   std::int64_t end[kMaxBlockRows];
   std::int64_t group_begin[kMaxBlockRows];
   std::int64_t group_end[kMaxBlockRows];
+  std::uint64_t panels[kMaxBlockRows];  // of a group, a bit each: a pair may be allowed there
+  std::int64_t columns;
 
   template <int kGroupRows, int kPack = 1>
   void compute(const RowRanges& ranges, std::int64_t rows, std::int64_t first_key,
                std::int64_t keys) {
+    columns = keys;
     for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
       group_begin[g] = keys;
       group_end[g] = 0;
+      panels[g] = ~std::uint64_t{0};
       for (std::int64_t i = r; i < smaller<std::int64_t>(r + kGroupRows, rows); ++i) {
         begin[i] = larger<std::int64_t>(ranges.begin[i] - first_key, 0);
         end[i] = smaller(ranges.end[i] - first_key, keys);
@@ -66,8 +73,58 @@ struct TileRanges {
       if (group_end[g] > 0) group_end[g] = round_up(group_end[g], kPack);
     }
   }
+
+  // Leaves out the panels in which the mask allows no pair. offset(r): of row r's element for the
+  // block's first key in the mask. A panel is looked at until the first pair that is allowed, which
+  // costs next to nothing where most are. False if nothing is left.
+  template <int kGroupRows, typename Offset>
+  bool look_at_mask(const AttentionProblem& p, std::int64_t rows, const Offset& offset) {
+    bool any = false;
+    for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+      if (group_is_empty(g)) continue;
+      const std::int64_t rows_end = smaller<std::int64_t>(r + kGroupRows, rows);
+      std::uint64_t found = 0;
+      for (std::int64_t n = group_begin[g] / kPanel<T>; n * kPanel<T> < group_end[g]; ++n) {
+        const std::int64_t u = larger(n * kPanel<T>, group_begin[g]);
+        const std::int64_t keys = smaller(smaller((n + 1) * kPanel<T>, group_end[g]), columns) - u;
+        for (std::int64_t i = r; i < rows_end; ++i) {
+          if (i > r && offset(i) == offset(i - 1)) continue;  // a row for all queries
+          if (allows_any<T>(p, offset(i) + u * p.mask.stride[3], keys)) {
+            found |= std::uint64_t{1} << n;
+            break;
+          }
+        }
+      }
+      panels[g] = found;
+      const KeyRange first = span(g, 0);
+      const int last = found == 0 ? -1 : 63 - __builtin_clzll(found);
+      group_begin[g] = first.begin;
+      group_end[g] = smaller((last + 1) * std::int64_t{kPanel<T>}, group_end[g]);
+      any = any || found != 0;
+    }
+    return any;
+  }
+
   bool row_is_empty(std::int64_t r) const { return begin[r] >= end[r]; }
   bool group_is_empty(std::int64_t g) const { return group_begin[g] >= group_end[g]; }
+  // Whether group g has anything to do in the panel from column u.
+  bool touches(std::int64_t g, std::int64_t u) const {
+    return group_begin[g] < u + kPanel<T> && group_end[g] > u &&
+           (panels[g] >> u / kPanel<T> & 1) != 0;
+  }
+  // The first columns of group g from column `from` on without a gap; empty: there are no more.
+  KeyRange span(std::int64_t g, std::int64_t from) const {
+    const std::int64_t column = larger(from, group_begin[g]);
+    if (column >= group_end[g]) return {column, column};
+    const std::int64_t n = column / kPanel<T>;
+    const std::uint64_t left = panels[g] >> n;
+    if (left == 0) return {column, column};
+    const int skipped = __builtin_ctzll(left);
+    const std::uint64_t gaps = ~(left >> skipped);
+    const int length = gaps == 0 ? 64 : __builtin_ctzll(gaps);
+    return {skipped == 0 ? column : (n + skipped) * kPanel<T>,
+            smaller((n + skipped + length) * kPanel<T>, group_end[g])};
+  }
 };
 
 // ALiBi of one head: the score of a query at position t and key j gets -slope |t - j|.
@@ -117,48 +174,6 @@ struct Alibi {
     return sum_lanes<T>(sum);
   }
 };
-
-// bias[n] = mask of keys [key, key + n) in units of log2: 0 or -inf for a boolean mask. A finite
-// bias never becomes -inf, which means "not allowed".
-template <typename T>
-inline void load_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i,
-                          std::int64_t key, std::int64_t n, T* bias) {
-  const std::int64_t stride = p.mask.stride[3];
-  const std::int64_t offset =
-      b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] + key * stride;
-  if (p.mask_kind == MaskKind::kBool) {
-    const auto* const from = static_cast<const std::uint8_t*>(p.mask.data) + offset;
-    if (stride == 1) {
-      for (std::int64_t j = 0; j < n; ++j) bias[j] = from[j] != 0 ? T(0) : -infinity<T>();
-    } else {
-      for (std::int64_t j = 0; j < n; ++j) bias[j] = from[j * stride] != 0 ? T(0) : -infinity<T>();
-    }
-    return;
-  }
-  load_row(p.mask_dtype, p.mask.data, offset, stride, n, bias);
-  for (std::int64_t j = 0; j < n; ++j) {
-    const T scaled = bias[j] * Math<T>::log2e;
-    const T limited = scaled < -Math<T>::max_score ? -Math<T>::max_score : scaled;
-    bias[j] = bias[j] == -infinity<T>() ? bias[j] : limited;
-  }
-}
-
-// scores += bias, finite where the bias is not -inf.
-template <typename T>
-inline void add_bias(const T* bias, std::int64_t n, T* scores) {
-  constexpr int lanes = kLanes<T>;
-  const auto biased = [](Vec<T> s, Vec<T> bias_j) {
-    const Vec<T> sum =
-        at_least(splat(-Math<T>::max_score), at_most(splat(Math<T>::max_score), s + bias_j));
-    return bias_j == splat(-infinity<T>()) ? bias_j : sum;
-  };
-  std::int64_t j = 0;
-  for (; j + lanes <= n; j += lanes) store(scores + j, biased(load(scores + j), load(bias + j)));
-  if (j < n) {
-    store_first(scores + j, biased(load_first(scores + j, n - j), load_first(bias + j, n - j)),
-                n - j);
-  }
-}
 
 // factor[n] = dropout of keys [key, key + n) of row (b, h, i).
 template <typename T>

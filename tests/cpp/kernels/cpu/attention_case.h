@@ -1,12 +1,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -59,6 +61,7 @@ struct Case {
   bool mask_full[4] = {true, true, true, true};  // else the dimension is 1
   bool mask_transposed = false;                  // keys are not the fastest dimension
   double mask_probability = 0.7;                 // that a pair is allowed
+  std::int64_t mask_block = 1;                   // for squares of so many queries and keys at once
 
   std::vector<std::int64_t> key_lengths, key_starts, query_offsets;
   std::int64_t window_left = -1, window_right = -1, query_offset = 0;
@@ -299,8 +302,16 @@ class Instance {
     const bool boolean = c_.mask == MaskKind::kBool;
     const std::int64_t size = boolean ? 1 : size_of(c_.mask_dtype);
     mask_bytes_.resize(static_cast<std::size_t>(std::max<std::int64_t>(stride, 1) * size));
+    std::map<std::array<std::int64_t, 4>, bool> blocks;
     for (std::int64_t n = 0; n < stride; ++n) {
-      const bool allowed = uniform(random_) < c_.mask_probability;
+      std::array<std::int64_t, 4> at{};
+      for (std::size_t dim = 0; dim < 4; ++dim) {
+        const std::int64_t step = p.mask.stride[dim];
+        at[dim] = step == 0 ? 0 : n / step % p.mask_size[dim] / (dim < 2 ? 1 : c_.mask_block);
+      }
+      const auto found = blocks.try_emplace(at, false);
+      if (found.second) found.first->second = uniform(random_) < c_.mask_probability;
+      const bool allowed = found.first->second;
       if (boolean) {
         mask_bytes_[static_cast<std::size_t>(n)] = allowed ? 1 : 0;
       } else {

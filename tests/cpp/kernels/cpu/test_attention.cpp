@@ -178,9 +178,47 @@ std::vector<Case> problems() {
              c.slopes = c.grad_lse = true, c.amplitude = 0.2;  // the near keys win
              c.query_length = 1, c.key_length = 2100, c.query_offset = 2099;
            }),
+      make("slopes, few queries of a group",
+           [](Case& c) {
+             c.slopes = c.grad_lse = true, c.amplitude = 0.2, c.heads = 6, c.query_length = 2;
+             c.key_length = 1100, c.query_offset = 1098;
+           }),
       make("slopes, no keys", [](Case& c) { c.slopes = true, c.key_length = 0; }),
       make("slopes, no elements",
            [](Case& c) { c.slopes = true, c.head_dim = 0, c.value_dim = 0, c.grad_lse = true; }),
+      make("mask (B, 1, Lq, Lk), one key head",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_full[1] = false, c.heads = 3, c.kv_heads = 1;
+             c.window_left = 9;
+           }),
+      make("shared mask, no keys in the first sample",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_full[0] = c.mask_full[1] = false;
+             c.key_lengths = {0, 40};
+           }),
+      make("boolean mask of blocks",
+           [](Case& c) {
+             c.mask = MaskKind::kBool, c.mask_block = 40, c.mask_probability = 0.3;
+             c.batch = 1, c.query_length = 150, c.key_length = 430, c.grad_lse = true;
+           }),
+      make("mask of blocks, window",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_block = 27, c.mask_probability = 0.4;
+             c.mask_full[1] = false;
+             c.query_length = c.key_length = 200, c.window_left = 120, c.window_right = 15;
+           }),
+      make("mask of blocks, few queries",
+           [](Case& c) {
+             c.mask = MaskKind::kBool, c.mask_block = 50, c.mask_probability = 0.3;
+             c.heads = 4, c.query_length = 1, c.key_length = 1300, c.dropout = 0.1;
+           }),
+      make("transposed mask of blocks",
+           [](Case& c) {
+             c.mask = MaskKind::kFloat, c.mask_block = 33, c.mask_probability = 0.4;
+             c.mask_transposed = true, c.query_length = 70, c.key_length = 300;
+           }),
+      make("nothing allowed",
+           [](Case& c) { c.mask = MaskKind::kFloat, c.mask_probability = 0.0, c.grad_lse = true; }),
       make("gradient of lse", [](Case& c) { c.grad_lse = true; }),
       make("dropout", [](Case& c) { c.dropout = 0.3, c.grad_lse = true; }),
       make("all dropped", [](Case& c) { c.dropout = 1.0, c.grad_lse = true; }),
@@ -328,6 +366,32 @@ TEST_CASE("NaN and inf at keys that no query sees do not leak") {
   }
 }
 
+TEST_CASE("NaN and inf behind a mask of blocks do not leak") {
+  for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
+    for (const MaskKind kind : {MaskKind::kBool, MaskKind::kFloat}) {
+      Case c;
+      c.name = kind == MaskKind::kBool ? "boolean" : "floating";
+      c.score = score;
+      c.mask = kind, c.mask_block = 35, c.mask_probability = 0.4;
+      c.mask_full[0] = c.mask_full[1] = c.mask_full[2] = false;
+      c.query_length = 70, c.key_length = 330;
+      Instance instance(c);
+      Instance clean(c);
+      for (std::int64_t j = 0; j < c.key_length; ++j) {
+        const double bias = reference::load(DType::kFloat32, instance.problem.mask.data, j);
+        const auto* allowed = static_cast<const unsigned char*>(instance.problem.mask.data);
+        if (kind == MaskKind::kBool ? allowed[j] != 0 : bias != -kInfinity) continue;
+        instance.key.set(0, 1, j, j % 24, j % 3 == 0 ? kNaN : kInfinity);
+        instance.value.set(1, 0, j, j % 24, j % 3 == 0 ? kNaN : -kInfinity);
+      }
+      const Results expected = clean.run(implementation("reference"), threads(1));
+      for_each_implementation(instance, [&](const auto& candidate, const Results&) {
+        check(instance.run(candidate, threads(2)), expected, tolerance(c));
+      });
+    }
+  }
+}
+
 TEST_CASE("few queries: NaN and inf stay with the rows that see them") {
   for (const double poison : {kNaN, kInfinity, -kInfinity}) {
     Case c;
@@ -389,6 +453,7 @@ TEST_CASE("scores that overflow give no NaN") {
   }
   SECTION("all scores of a row overflow downwards") {
     Case c;
+    if (GENERATE(false, true)) c.mask = MaskKind::kBool;
     c.name = "all low";
     c.dtype = dtype;
     c.query_length = 5, c.key_length = 40, c.head_dim = 2;

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+#include "kernels/cpu/rows.h"
+
+// The mask tensor: what it adds to a row of scores, and a quick look whether it allows any pair, so
+// that whole panels of keys can be left out.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// Index of the mask's element for (b, h, i, key).
+inline std::int64_t mask_offset(const AttentionProblem& p, std::int64_t b, std::int64_t h,
+                                std::int64_t i, std::int64_t key) {
+  return b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] +
+         key * p.mask.stride[3];
+}
+
+// score + bias in units of log2; finite where both are, -inf where the bias is.
+template <typename T>
+TSA_INLINE Vec<T> add_bias(Vec<T> score, Vec<T> bias) {
+  const Vec<T> sum = fma(bias, splat(Math<T>::log2e), score);
+  const Vec<T> limited =
+      at_least(splat(-Math<T>::max_score), at_most(splat(Math<T>::max_score), sum));
+  return bias == splat(-infinity<T>()) ? bias : limited;
+}
+
+// The score, at least the smallest one, where a byte of the boolean mask is not 0, else -inf.
+template <typename T>
+TSA_INLINE Vec<T> keep_allowed(Vec<T> score, const std::uint8_t* mask) {
+  return nonzero_bytes<T>(mask) ? at_least(splat(-Math<T>::max_score), score)
+                                : splat(-infinity<T>());
+}
+
+// scores[n] of the keys from `key` of row (b, h, i) += mask, in units of log2: -inf where a pair is
+// not allowed. A finite bias never becomes -inf, which means "not allowed".
+template <typename T>
+inline void add_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i,
+                         std::int64_t key, std::int64_t n, T* scores) {
+  constexpr int lanes = kLanes<T>;
+  const std::int64_t stride = p.mask.stride[3];
+  const std::int64_t offset = mask_offset(p, b, h, i, key);
+  const std::int64_t whole = stride == 1 ? n / lanes * lanes : 0;
+  if (p.mask_kind == MaskKind::kBool) {
+    const auto* const from = static_cast<const std::uint8_t*>(p.mask.data) + offset;
+    for (std::int64_t j = 0; j < whole; j += lanes) {
+      store(scores + j, keep_allowed<T>(load(scores + j), from + j));
+    }
+    for (std::int64_t j = whole; j < n; ++j) {
+      const T lowest = from[j * stride] != 0 ? -Math<T>::max_score : -infinity<T>();
+      if (from[j * stride] == 0 || scores[j] < lowest) scores[j] = lowest;
+    }
+    return;
+  }
+  with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
+    const auto* const from =
+        static_cast<const typename Storage<dtype>::type*>(p.mask.data) + offset;
+    for (std::int64_t j = 0; j < whole; j += lanes) {
+      store(scores + j, add_bias<T>(load(scores + j), load_widened<T, dtype>(from + j)));
+    }
+    for (std::int64_t j = whole; j < n; j += lanes) {
+      const std::int64_t left = smaller<std::int64_t>(lanes, n - j);
+      T bias[lanes] = {};
+      load_elements<T, dtype>(p.mask.data, offset + j * stride, stride, left, bias);
+      store_up_to(scores + j, add_bias<T>(load_up_to(scores + j, left), load(bias)), left);
+    }
+  });
+}
+
+// Whether the mask allows one of the n keys from element `offset` of it.
+template <typename T>
+inline bool allows_any(const AttentionProblem& p, std::int64_t offset, std::int64_t n) {
+  const std::int64_t stride = p.mask.stride[3];
+  if (stride == 0) n = 1;
+  const std::int64_t whole = stride == 1 ? n / kLanes<T> * kLanes<T> : 0;
+  if (p.mask_kind == MaskKind::kBool) {
+    const auto* const from = static_cast<const std::uint8_t*>(p.mask.data) + offset;
+    std::uint64_t any = 0;
+    std::int64_t j = 0;
+    for (; stride == 1 && j + 8 <= n; j += 8) {
+      std::uint64_t eight;
+      __builtin_memcpy(&eight, from + j, 8);
+      any |= eight;
+    }
+    for (; j < n && any == 0; ++j) any |= from[j * stride];
+    return any != 0;
+  }
+  bool any = false;
+  with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
+    const auto* const from =
+        static_cast<const typename Storage<dtype>::type*>(p.mask.data) + offset;
+    for (std::int64_t j = 0; j < whole && !any; j += kLanes<T>) {
+      any = any_lane<T>(load_widened<T, dtype>(from + j) != splat(-infinity<T>()));
+    }
+    for (std::int64_t j = whole; j < n && !any; ++j) {
+      any = static_cast<T>(Storage<dtype>::widen(from[j * stride])) != -infinity<T>();
+    }
+  });
+  return any;
+}
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
