@@ -5,6 +5,7 @@
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/mask_gradient.h"
 #include "kernels/cpu/score_gradient.h"
 #include "kernels/cpu/tile.h"
 
@@ -18,10 +19,9 @@
 //   dv += (f p)^T dO, then dk and dq from G: five matrix products (dot product), three and a sweep
 //   over the elements (additive).
 // Tiles and inner loops are clipped to the keys that a group of query rows may see. The number of
-// groups depends on the problem only, so results do not depend on threads. A mask that is shared by
-// batches or heads gets its gradient from a fixed number of partial sums: a task then owns a subset
-// of batches and key heads (a unit) instead of one.
-// Bound: FMA (dot product), FMA and division (additive).
+// groups depends on the problem only, so results do not depend on threads. Where batches or heads
+// share a mask that needs a gradient (mask_gradient.h) a task owns a subset of batches and key
+// heads (a unit) instead of one. Bound: FMA (dot product), FMA and division (additive).
 //
 // If a result is not finite the task is run again carefully, as in forward.h.
 // Length: one class, whose steps share the tile and its buffers.
@@ -36,7 +36,7 @@ class BackwardKernel {
   static constexpr int kGroupRows = Gradient::kGroupRows;
 
   BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
-      : call_(call), p_(call.problem), parallel_(parallel) {}
+      : call_(call), p_(call.problem), parallel_(parallel), mask_(call) {}
 
   void run() {
     plan();
@@ -68,7 +68,7 @@ class BackwardKernel {
       });
     }
     if (call_.grad_weight != nullptr) reduce_grad_weight();
-    if (call_.grad_mask != nullptr) reduce_grad_mask();
+    mask_.reduce(parallel_);
     if (call_.grad_slopes != nullptr) reduce_grad_slopes();
   }
 
@@ -96,27 +96,11 @@ class BackwardKernel {
 
     batch_sets_ = p_.batch;
     head_sets_ = p_.kv_heads;
-    wants_mask_ = call_.grad_mask != nullptr && p_.mask_kind == MaskKind::kFloat &&
-                  p_.batch * p_.heads * p_.query_length * p_.key_length > 0;
-    if (wants_mask_) {
-      const bool shared_batch = p_.mask_size[0] == 1 && p_.batch > 1;
-      const bool shared_heads = p_.mask_size[1] == 1 && p_.kv_heads > 1;
-      if (shared_batch) batch_sets_ = smaller<std::int64_t>(p_.batch, 4);
-      if (shared_heads) head_sets_ = smaller<std::int64_t>(p_.kv_heads, shared_batch ? 2 : 4);
-      mask_parts_[0] = shared_batch ? batch_sets_ : 1;
-      mask_parts_[1] = shared_heads ? head_sets_ : 1;
-      mask_elements_ = 1;
-      for (int dim = 3; dim >= 0; --dim) {
-        mask_stride_[dim] = p_.mask_size[dim] == 1 ? 0 : mask_elements_;
-        mask_elements_ *= p_.mask_size[dim];
-      }
-    }
+    mask_.plan_sets(batch_sets_, head_sets_);
     const std::int64_t units = larger<std::int64_t>(batch_sets_ * head_sets_, 1);
     groups_ = smaller(blocks_ / 4, (kWantedTasks + units - 1) / units);
     groups_ = larger<std::int64_t>(groups_, 1);
-    mask_parts_[2] = wants_mask_ && p_.mask_size[3] == 1 ? groups_ : 1;
-    mask_direct_ =
-        mask_parts_[0] * mask_parts_[1] * mask_parts_[2] == 1 && p_.mask_dtype == dtype_of<T>();
+    mask_.plan_groups(groups_);
 
     copy_query_ = Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
     copy_grad_out_ =
@@ -145,12 +129,7 @@ class BackwardKernel {
     if (call_.grad_slopes != nullptr) {
       slope_sums_ = carver.take<double>(p_.batch * p_.heads * groups_);
     }
-    if (wants_mask_) {
-      mask_ = static_cast<T*>(call_.grad_mask);
-      if (!mask_direct_) {
-        mask_ = carver.take<T>(mask_parts_[0] * mask_parts_[1] * mask_parts_[2] * mask_elements_);
-      }
-    }
+    mask_.carve(carver);
     threads_ = carver.used();
     base_ = carver.base();
     thread_bytes_ = Buffers(*this, Carver()).bytes;
@@ -330,7 +309,9 @@ class BackwardKernel {
 
     // False if a result is not finite.
     bool run_unit(KeyRange batches, KeyRange heads, Zeros zeros) {
-      if (k.wants_mask_) clear_mask(batches, heads);
+      k.mask_.clear(mask_task(), batches,
+                    {heads.begin * k.p_.group_size(), heads.end * k.p_.group_size()}, k.block_keys_,
+                    k.groups_);
       bool finite = true;
       for (std::int64_t b = batches.begin; b < batches.end; ++b) {
         for (std::int64_t hk = heads.begin; hk < heads.end; ++hk) {
@@ -447,12 +428,16 @@ class BackwardKernel {
       const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
       RowRanges& ranges = *buffer.ranges;
       ranges.compute(p, b, i0, rows, rows, {first, first + keys});
-      if (ranges.all.begin >= ranges.all.end) return;
       TileRanges<T>& tile = *buffer.tile;
       tile.template compute<kGroupRows>(ranges, rows, first, keys);
-      if (p.mask_kind != MaskKind::kNone) {
+      bool any = ranges.all.begin < ranges.all.end;
+      if (any && p.mask_kind != MaskKind::kNone) {
         const auto offset = [&](std::int64_t r) { return mask_offset(p, b, h, i0 + r, first); };
-        if (!tile.template look_at_mask<kGroupRows>(p, rows, offset)) return;
+        any = tile.template look_at_mask<kGroupRows>(p, rows, offset);
+      }
+      if (!any) {
+        add_mask_gradient(b, h, i0, rows, first, keys);
+        return;
       }
 
       const Matrix query = k.query_along(b, h);
@@ -477,6 +462,7 @@ class BackwardKernel {
         const std::int64_t g = r / kGroupRows;
         if (!tile.group_is_empty(g)) total += softmax_row(b, h, i0 + r, r, g, first, zeros);
       }
+      add_mask_gradient(b, h, i0, rows, first, keys);
       if constexpr (kPacksTwice) pack_tile(tile, rows);
       const std::int64_t word = i0 / Operand::kPack;
       const std::int64_t across_ld = Operand::kPack * k.score_ld_;
@@ -608,49 +594,19 @@ class BackwardKernel {
       if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
         w[0] = infinity<T>() - infinity<T>();
       }
-      if (k.wants_mask_) add_mask_gradient(b, h, i, key, n, x);
       if (k.slope_sums_ != nullptr) slope_sum(b, h) -= alibi.sum_distances(i, key, n, x);
       return total;
     }
 
-    // This task's part of the mask's gradient.
-    T* mask_part() const {
-      std::int64_t part = k.mask_parts_[0] > 1 ? batch_set : 0;
-      part = part * k.mask_parts_[1] + (k.mask_parts_[1] > 1 ? head_set : 0);
-      part = part * k.mask_parts_[2] + (k.mask_parts_[2] > 1 ? group : 0);
-      return k.mask_ + part * k.mask_elements_;
+    typename MaskGradient<T>::Task mask_task() const {
+      return {batch_set, head_set, group, members(batch_set, k.batch_sets_, k.p_.batch).begin,
+              members(head_set, k.head_sets_, k.p_.kv_heads).begin * k.p_.group_size()};
     }
-    void add_mask_gradient(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t key,
-                           std::int64_t n, const T* grads) const {
-      const std::int64_t (&stride)[4] = k.mask_stride_;
-      T* const to = mask_part() + b * stride[0] + h * stride[1] + i * stride[2] + key * stride[3];
-      if (stride[3] == 0) {
-        T sum = 0;
-        for (std::int64_t j = 0; j < n; ++j) sum += grads[j];
-        *to += sum;
-      } else {
-        for (std::int64_t j = 0; j < n; ++j) to[j] += grads[j];
-      }
-    }
-    void clear_mask(KeyRange batches, KeyRange heads) const {
-      const AttentionProblem& p = k.p_;
-      const std::int64_t (&stride)[4] = k.mask_stride_;
-      const std::int64_t rows = p.mask_size[2];
-      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
-        for (std::int64_t h = heads.begin * p.group_size(); h < heads.end * p.group_size(); ++h) {
-          for (std::int64_t i = 0; i < rows; ++i) {
-            T* const to = mask_part() + b * stride[0] + h * stride[1] + i * stride[2];
-            if (stride[3] == 0) {
-              *to = T(0);
-              continue;
-            }
-            for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
-              const std::int64_t first = n * k.block_keys_;
-              fill_zero(to + first, smaller(k.block_keys_, p.key_length - first));
-            }
-          }
-        }
-      }
+    // Before pack_tile, which takes the place of the gradients.
+    void add_mask_gradient(std::int64_t b, std::int64_t h, std::int64_t i0, std::int64_t rows,
+                           std::int64_t first, std::int64_t keys) const {
+      k.mask_.template add<kGroupRows>(mask_task(), *buffer.tile, b, h, i0, rows, first, keys,
+                                       buffer.grad_scores, k.score_ld_);
     }
   };
 
@@ -707,23 +663,6 @@ class BackwardKernel {
     }
   }
 
-  void reduce_grad_mask() const {
-    if (wants_mask_ && mask_direct_) return;
-    const std::int64_t parts = mask_parts_[0] * mask_parts_[1] * mask_parts_[2];
-    const std::int64_t elements =
-        p_.mask_size[0] * p_.mask_size[1] * p_.mask_size[2] * p_.mask_size[3];
-    constexpr std::int64_t chunk = 4096;
-    parallel_.run((elements + chunk - 1) / chunk, [&](std::int64_t t, int) {
-      for (std::int64_t e = t * chunk; e < smaller((t + 1) * chunk, elements); ++e) {
-        T sum = 0;
-        if (wants_mask_) {
-          for (std::int64_t part = 0; part < parts; ++part) sum += mask_[part * elements + e];
-        }
-        store_row(p_.mask_dtype, call_.grad_mask, e, 1, 1, &sum);
-      }
-    });
-  }
-
   const AttentionBackward& call_;
   const AttentionProblem& p_;
   const Parallel& parallel_;
@@ -735,10 +674,7 @@ class BackwardKernel {
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
 
-  bool wants_mask_ = false, mask_direct_ = false;
-  std::int64_t mask_parts_[3] = {1, 1, 1};  // over batches, heads, groups of keys
-  std::int64_t mask_stride_[4] = {0, 0, 0, 0};
-  std::int64_t mask_elements_ = 0;
+  MaskGradient<T> mask_;
 
   T* delta_ = nullptr;             // [b][h][i]: sum dO O - grad_lse
   T* lse_ = nullptr;               // [b][h][i] in units of log2
@@ -751,7 +687,6 @@ class BackwardKernel {
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
   double* slope_sums_ = nullptr;   // [b][h][group]; null: not wanted
-  T* mask_ = nullptr;              // [part][mask elements]
   char* base_ = nullptr;
   std::int64_t threads_ = 0, thread_bytes_ = 0;
 };

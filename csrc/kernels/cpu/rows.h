@@ -214,6 +214,17 @@ inline void store_row(DType dtype, void* data, std::int64_t offset, std::int64_t
   }
 }
 
+// data[offset + d] = 0 for n elements.
+inline void store_zeros(DType dtype, void* data, std::int64_t offset, std::int64_t n) {
+  std::int64_t size = 2;
+  if (dtype == DType::kFloat64) size = 8;
+  if (dtype == DType::kFloat32) size = 4;
+  if (n > 0) {
+    __builtin_memset(static_cast<char*>(data) + offset * size, 0,
+                     static_cast<std::size_t>(n * size));
+  }
+}
+
 // One (b, h) of a tensor: rows of `width` elements.
 struct Rows {
   DType dtype;
