@@ -217,11 +217,26 @@ class OperatorTester(ABC):
     ) -> dict[str, float]:
         """The errors of outputs and gradients in the unit of docs/tolerances.md."""
         errors = {}
+        tensors, _ = self.split(arguments)
         for what, (got, want) in self.pairs(arguments, dtype, dropout_factors).items():
             # A float32 mask beside other inputs is no better than the coarser of the two.
             coarser = max(dtype, got.dtype, key=lambda d: torch.finfo(d).eps)
             errors[what] = tolerances.error(got, want, got.dtype if what == "lse" else coarser)
+            if what.startswith("gradient"):
+                n = int(what.removeprefix("gradient "))
+                errors[what] /= self.size_of_gradient(arguments, tensors[n])
         return errors
+
+    @staticmethod
+    def size_of_gradient(arguments: Arguments, tensor: Tensor) -> float:
+        """What the gradient's errors are multiplied by on their way: of ALiBi slopes the distance,
+        the largest one from the first key."""
+        if tensor is not arguments.get("alibi_slopes"):
+            return 1.0
+        position = arguments["query"].shape[-2] + abs(arguments.get("query_offset", 0))
+        if "query_offsets" in arguments:
+            position += arguments["query_offsets"].abs().max().item()
+        return max(1.0, position)
 
     def check(
         self,
