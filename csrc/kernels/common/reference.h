@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/common/attention_weights.h"
 #include "kernels/common/dtype.h"
 #include "kernels/common/parallel.h"
 #include "kernels/common/philox.h"
@@ -141,6 +142,31 @@ struct Row {
     }
   }
 };
+
+inline void weights(const AttentionWeights& call, const Parallel& /*parallel*/) {
+  const AttentionProblem& p = call.problem;
+  const std::int64_t together = call.average_heads ? p.heads : 1;  // heads of one matrix
+  Row row(p.key_length);
+  std::vector<double> sum(static_cast<std::size_t>(p.key_length));
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    for (std::int64_t first = 0; first < p.heads; first += together) {
+      for (std::int64_t i = 0; i < p.query_length; ++i) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (std::int64_t h = first; h < first + together; ++h) {
+          AttentionProblem of_row = p;  // query i where it counts as another one
+          of_row.query_offset += query_index(call, b, i) - i;
+          row.compute(of_row, b, h, i);
+          for (std::size_t j = 0; j < sum.size(); ++j) sum[j] += row.weight[j];
+        }
+        const std::int64_t to = offset(call.weights.stride, b, call.average_heads ? 0 : first, i);
+        for (std::int64_t j = 0; j < p.key_length; ++j) {
+          store(p.dtype, call.weights.data, to + j * call.weights.stride[3],
+                sum[static_cast<std::size_t>(j)] / static_cast<double>(together));
+        }
+      }
+    }
+  }
+}
 
 inline Dropout make_dropout(const AttentionProblem& p) {
   return p.dropout_p > 0.0 ? Dropout::make(p.dropout_p, p.philox_state) : Dropout{};

@@ -8,13 +8,17 @@ namespace torch_selfattn::kernels::cpu {
 // that have it.
 void attention_forward_generic(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_generic(const AttentionBackward& call, const Parallel& parallel);
+void attention_weights_generic(const AttentionWeights& call, const Parallel& parallel);
 #if defined(__x86_64__)
 void attention_forward_avx2(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_avx2(const AttentionBackward& call, const Parallel& parallel);
+void attention_weights_avx2(const AttentionWeights& call, const Parallel& parallel);
 void attention_forward_avx512(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_avx512(const AttentionBackward& call, const Parallel& parallel);
+void attention_weights_avx512(const AttentionWeights& call, const Parallel& parallel);
 void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel);
+void attention_weights_avx512bf16(const AttentionWeights& call, const Parallel& parallel);
 #endif
 
 namespace {
@@ -49,12 +53,15 @@ const char* avx512bf16_not_supported(const AttentionProblem& problem) {
 const AttentionImplementation implementations[] = {
 #if defined(__x86_64__)
     {"avx512bf16", avx512bf16_not_supported, attention_forward_avx512bf16,
-     attention_backward_avx512bf16},
-    {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512},
-    {"avx2", avx2_not_supported, attention_forward_avx2, attention_backward_avx2},
+     attention_backward_avx512bf16, attention_weights_avx512bf16},
+    {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512,
+     attention_weights_avx512},
+    {"avx2", avx2_not_supported, attention_forward_avx2, attention_backward_avx2,
+     attention_weights_avx2},
 #endif
-    {"generic", always_supported, attention_forward_generic, attention_backward_generic},
-    {"reference", always_supported, reference::forward, reference::backward},
+    {"generic", always_supported, attention_forward_generic, attention_backward_generic,
+     attention_weights_generic},
+    {"reference", always_supported, reference::forward, reference::backward, reference::weights},
 };
 
 }  // namespace

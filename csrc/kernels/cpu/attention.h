@@ -3,6 +3,7 @@
 #include <span>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/common/attention_weights.h"
 #include "kernels/common/parallel.h"
 
 namespace torch_selfattn::kernels::cpu {
@@ -13,6 +14,7 @@ struct AttentionImplementation {
   const char* (*not_supported)(const AttentionProblem&);
   void (*forward)(const AttentionForward&, const Parallel&);
   void (*backward)(const AttentionBackward&, const Parallel&);
+  void (*weights)(const AttentionWeights&, const Parallel&);
 };
 
 // Best first; the last one supports every problem.
