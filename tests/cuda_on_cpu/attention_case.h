@@ -27,8 +27,12 @@ enum class Special {
   kOneHugeKey,     // additive: one tile is beyond the range of the exponential form
 };
 
+// What is run: attention forward and backward, or the weights by themselves.
+enum class What { kAttention, kWeights, kMeanWeights };
+
 struct Case {
   const char* name;
+  What what = What::kAttention;
   DType dtype = DType::kFloat32;
   ScoreKind score = ScoreKind::kDotProduct;
   std::int64_t batch = 1, heads = 2, kv_heads = 2;
@@ -45,7 +49,8 @@ struct Case {
   bool weight_per_batch = false, weight_per_head = true;
   double magnitude = 1.0;
   Special special = Special::kNone;
-  double largest_term = 0.1;  // of the sums in gradients: what their rounding errors go by
+  double largest_term = 0.1;   // of the sums in gradients: what their rounding errors go by
+  bool query_indices = false;  // weights only: the queries are rows of others, in no order
 };
 
 inline double normal() {
@@ -142,6 +147,37 @@ inline double tolerance(const Case& c) {
     case DType::kBFloat16: return 3e-2;
   }
   return 0;
+}
+
+// The weights against the reference, twice, in two orders of threads.
+template <typename MakeProblem>
+void run_weights(const Case& c, const MakeProblem& problem) {
+  const bool average = c.what == What::kMeanWeights;
+  std::vector<std::int64_t> indices;
+  for (std::int64_t i = 0; i < c.query_length; ++i) {
+    indices.push_back(7 * i % c.query_length + (i % 3 == 0 ? 20 : 0));
+  }
+  const testing::DeviceArray<std::int64_t> device_indices(indices);
+  Result weights("weights", c.dtype, {c.batch, average ? 1 : c.heads, c.query_length, c.key_length},
+                 c.layout == Layout::kHeadsInside ? Layout::kHeadsInside : Layout::kHeadsOutside);
+  const auto call = [&](bool on_device) {
+    AttentionWeights result{problem(on_device), weights.view(on_device), average};
+    if (c.query_indices) {
+      result.query_indices = on_device ? device_indices.data() : indices.data();
+      result.query_index_stride[1] = 1;
+    }
+    return result;
+  };
+  reference::weights(call(false), Parallel());
+  const AttentionWeights on_device = call(true);
+  CHECK(cuda::attention_weights_not_supported(on_device) == nullptr);
+  const testing::DeviceArray<char> workspace(
+      static_cast<std::size_t>(cuda::attention_weights_workspace_bytes(on_device.problem)));
+  CHECK(cuda::attention_weights(on_device, workspace.data(), nullptr) == cudaSuccess);
+  weights.check(tolerance(c), 0.1);
+  const std::vector<char> first = weights.device->copy();
+  CHECK(cuda::attention_weights(on_device, workspace.data(), nullptr) == cudaSuccess);
+  CHECK(weights.device->copy() == first);
 }
 
 // Forward and backward against the reference, twice: the second run, in another order of threads,
@@ -300,6 +336,10 @@ inline void run_case(const Case& c) {
     p.philox_state = on_device ? device_philox.data() : philox.data();
     return p;
   };
+  if (c.what != What::kAttention) {
+    run_weights(c, problem);
+    return;
+  }
 
   Result out("out", c.dtype, {B, H, Lq, Ev},
              c.layout == Layout::kHeadsInside ? Layout::kHeadsInside : Layout::kHeadsOutside);

@@ -28,6 +28,9 @@ BUILDS = {  # flags of everything, flags of the kernels only, seed
 }
 
 
+PARTS = ("forward", "backward", "weights")  # kernels/cuda/attention_<part>.cu
+
+
 @dataclass
 class Fault:
     name: str
@@ -153,6 +156,22 @@ FAULTS = [
         "plain",
         "additive beyond the exponential form",
     ),
+    Fault(
+        "a mean that is a sum",
+        "kernels/cuda/attention_weights.cuh",
+        "result[r][c] * share",
+        "result[r][c]",
+        "plain",
+        "weights mean",
+    ),
+    Fault(
+        "chosen rows taken for the first ones",
+        "kernels/cuda/attention_weights.cuh",
+        "? key_range(call, batch, i) : KeyRange{0, 0}",
+        "? key_range(p, batch, i) : KeyRange{0, 0}",
+        "plain",
+        "weights of chosen rows",
+    ),
 ]
 
 
@@ -183,7 +202,7 @@ class Checker:
         flags, _, _ = BUILDS[build]
         objects = []
         for source in [*sorted((HERE / "emulator").glob("*.cpp")), HERE / "testing.cpp",
-                       HERE / "test_attention.cu"]:  # fmt: skip
+                       HERE / "test_attention.cu", HERE / "test_attention_weights.cu"]:  # fmt: skip
             objects.append(folder / f"{source.name}.o")
             self.compile(source, objects[-1], CSRC, flags)
         return [str(path) for path in objects]
@@ -211,7 +230,7 @@ class Checker:
             text = text.replace(other, other.split(":")[0] + ": break")
         dispatch.write_text(text)
         flags, kernel_flags, seed = BUILDS[fault.build]
-        kernels = [folder / f"attention_{part}.o" for part in ("forward", "backward")]
+        kernels = [folder / f"attention_{part}.o" for part in PARTS]
         for kernel in kernels:
             source = folder / "csrc/kernels/cuda" / f"{kernel.stem}.cu"
             self.compile(source, kernel, folder / "csrc", f"{flags} {kernel_flags}")

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/common/attention_weights.h"
 
 // Launchers of the generic CUDA attention kernels. All pointers of a problem are device pointers;
 // the launches go to `stream` and nothing waits for them. Same input, same bits.
@@ -20,6 +21,11 @@ cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream)
 // of that many bytes, aligned to 16, used until the launches have run.
 std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
+
+// Two launches. The workspace as above.
+const char* attention_weights_not_supported(const AttentionWeights& call);
+std::int64_t attention_weights_workspace_bytes(const AttentionProblem& problem);
+cudaError_t attention_weights(const AttentionWeights& call, void* workspace, cudaStream_t stream);
 
 // factors[(b, h, i, j)] = 1/(1-p) or 0, contiguous float64 of (B, H, Lq, Lk). One launch.
 cudaError_t attention_dropout_factors(const std::int64_t* philox_state, double dropout_p,
