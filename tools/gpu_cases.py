@@ -50,9 +50,13 @@ def run(score: str, mask: str, dtype: torch.dtype, device: str) -> list[torch.Te
         out = torch_selfattn.dot_product_attention(query, key, value, enable_gqa=True, **extra)
     else:
         out = torch_selfattn.additive_attention(query, key, value, weight, enable_gqa=True, **extra)
-    out.float().square().sum().backward()
+    score_weight = None if score == "dot" else weight
+    weights = torch_selfattn.attention_weights(
+        query, key, score_weight, enable_gqa=True, average_heads=True, **extra
+    )
+    (out.float().square().sum() + weights.float().square().sum()).backward()
     grads = [x.grad for x in tensors.values() if x.grad is not None]
-    return [x.detach().cpu().float() for x in (out, *grads)]
+    return [x.detach().cpu().float() for x in (out, weights, *grads)]
 
 
 def main() -> int:

@@ -243,20 +243,24 @@ def attention_weights(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    average_heads: bool = False,
 ) -> Tensor:
     """Chosen rows of the matrix of attention weights, without forming the others.
 
     ``weight`` None means the dot-product score, (E) or (H, E) the additive one. ``rows`` (R) int64:
     indices of queries, all by default. ``heads`` (G) int64: indices of query heads, all by default.
+    ``average_heads``: the mean over these heads; the matrices of single heads are not formed.
     The other arguments are described at the top of :mod:`torch_selfattn.functional`.
 
-    Returns (..., G, R, Lk), in query's dtype; each row adds up to 1, or to 0 where the query may
-    attend to no key.
+    Returns (..., G, R, Lk), averaged (..., R, Lk), in query's dtype; each row adds up to 1, or to 0
+    where the query may attend to no key. Memory is that of the result, and of the gradients of what
+    asks for one; second derivatives form the matrices of all heads.
     """
     return torch.ops.torch_selfattn.attention_weights(
         query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
         alibi_slopes,
+        average_heads,
     )  # fmt: skip
 
 

@@ -278,6 +278,7 @@ def attention_weights(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    average_heads: bool = False,
 ) -> Tensor:
     """Chosen rows of the weights: :func:`torch_selfattn.attention_weights`."""
     weights = attention(
@@ -289,7 +290,8 @@ def attention_weights(
         weights = weights.index_select(-2, rows)
     if heads is not None:
         weights = weights.index_select(-3, heads)
-    return weights
+    has_heads = max(query.dim(), key.dim()) > 3
+    return weights.mean(-3) if average_heads and has_heads else weights
 
 
 def multi_head_attention(

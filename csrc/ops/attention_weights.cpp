@@ -1,22 +1,14 @@
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/logical_and.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/stack.h>
 #include <torch/library.h>
 #include <torch_selfattn/ops.h>
 
-#include <cmath>
-#include <limits>
-
-#include "ops/autograd/composed_attention.h"
+#include "ops/attention_weights_kernel.h"
 #include "ops/canonical.h"
+#include "ops/layout.h"
 #include "ops/operator_handle.h"
 
-// attention_weights: chosen rows of the weight matrix, composed of differentiable operators. Memory
-// is that of the rows asked for; the additive score makes no tensor of Lq * Lk * E elements either.
 namespace torch_selfattn {
 
 using at::Tensor;
@@ -29,14 +21,72 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                          std::optional<double> scale, bool enable_gqa,
                          const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                          SymInt window_left, SymInt window_right, SymInt query_offset,
-                         const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+                         const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+                         bool average_heads) {
   static const auto op = ops::operator_handle<decltype(attention_weights)>("attention_weights");
   return op.call(query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets, alibi_slopes);
+                 std::move(query_offset), query_offsets, alibi_slopes, average_heads);
 }
 
 namespace ops {
+
+Tensor attention_weights_forward(const WeightsInputs& in, const AttentionTensors& t,
+                                 const AttentionOptions<SymInt>& o) {
+  static const auto op = operator_handle<WeightsFunction<SymInt>>("_attention_weights_forward");
+  return op.call(t.query, t.key, t.weight, t.attn_mask, t.key_lengths, t.key_starts,
+                 t.query_offsets, t.alibi_slopes, in.query_indices, o.scale, o.window_left,
+                 o.window_right, o.query_offset, in.average_heads);
+}
+
+BackwardResults attention_weights_backward(const WeightsBackwardInputs& in,
+                                           const AttentionTensors& t,
+                                           const AttentionOptions<SymInt>& o) {
+  static const auto op =
+      operator_handle<WeightsBackwardFunction<SymInt>>("_attention_weights_backward");
+  auto [query, key, weight, attn_mask, alibi_slopes] = op.call(
+      in.grad, t.query, t.key, t.weight, t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
+      t.alibi_slopes, in.query_indices, o.scale, o.window_left, o.window_right, o.query_offset,
+      in.average_heads, in.attn_mask_grad, in.alibi_slopes_grad);
+  return {std::move(query),  std::move(key),       Tensor(),
+          std::move(weight), std::move(attn_mask), std::move(alibi_slopes)};
+}
+
+Tensor empty_attention_weights(const WeightsInputs& inputs, const AttentionTensors& t) {
+  return at::empty_symint(
+      {t.query.sym_size(0), inputs.average_heads ? SymInt(1) : t.query.sym_size(1),
+       t.query.sym_size(2), t.key.sym_size(2)},
+      t.query.options());
+}
+
+BackwardResults empty_weights_gradients(const WeightsBackwardInputs& inputs,
+                                        const AttentionTensors& t) {
+  const auto like = [](const Tensor& x) {
+    const c10::SymIntArrayRef sizes = x.sym_sizes();
+    return empty_in_order_of(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
+  };
+  return {like(t.query),
+          like(t.key),
+          Tensor(),
+          empty_gradient(t.weight, t.weight.has_value(), t.query),
+          empty_gradient(t.attn_mask, inputs.attn_mask_grad, t.query),
+          empty_gradient(t.alibi_slopes, inputs.alibi_slopes_grad, t.query)};
+}
+
+WeightsCall prepare_attention_weights(const WeightsInputs& inputs, const AttentionTensors& tensors,
+                                      const AttentionOptions<int64_t>& options,
+                                      const Tensor& weights) {
+  WeightsCall call{{}, prepare_problem(tensors, options), Tensor()};
+  call.arguments = {call.prepared.problem, view(weights), inputs.average_heads};
+  if (inputs.query_indices.has_value()) {
+    call.indices = inputs.query_indices->to(at::kLong);
+    call.arguments.query_indices = call.indices.const_data_ptr<int64_t>();
+    for (int64_t d = 0; d < 2; ++d) {
+      call.arguments.query_index_stride[d] = call.indices.size(d) == 1 ? 0 : call.indices.stride(d);
+    }
+  }
+  return call;
+}
 
 namespace {
 
@@ -56,47 +106,19 @@ Tensor select(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
 }
 
 // A mask or slopes, whose broadcast dimensions stay.
-Tensor select_unless_broadcast(const Tensor& t, int64_t dim, const OptionalTensor& selection) {
-  return TORCH_GUARD_OR_FALSE(t.sym_size(dim).sym_eq(1)) ? t : select(t, dim, selection);
+OptionalTensor select_unless_broadcast(const OptionalTensor& t, int64_t dim,
+                                       const OptionalTensor& selection) {
+  if (!t.has_value() || TORCH_GUARD_OR_FALSE(t->sym_size(dim).sym_eq(1))) return t;
+  return select(*t, dim, selection);
 }
 
-Tensor dot_scores(const Tensor& query, const Tensor& key, std::optional<double> scale) {
-  const bool narrow = query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16;
-  const at::ScalarType dtype = narrow ? at::kFloat : query.scalar_type();
-  const double head_dim = static_cast<double>(query.sym_size(3).guard_int(__FILE__, __LINE__));
-  const double factor = scale.value_or(1.0 / std::sqrt(std::max(head_dim, 1.0)));
-  // Scores stay float32: autocast would round them to its dtype.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return at::matmul(query.to(dtype) * factor, key.to(dtype).transpose(-2, -1));
-}
-
-// The log-sum-exp over a single key is its score. So with the keys in the role of queries and one
-// row in the role of the key, the attention operator gives a row of scores: tanh(q + k) is
-// symmetric.
-Tensor additive_scores(const Tensor& query, const Tensor& key, const Tensor& weight,
-                       std::optional<double> scale) {
-  const int64_t rows = query.sym_size(2).guard_int(__FILE__, __LINE__);
-  if (rows == 0) {  // no scores, but a gradient (zero) for everything
-    return dot_scores(query * weight.unsqueeze(-2), key, 1.0);
-  }
-  const OptionalTensor some_weight = weight;
-  const OptionalTensor none;
-  const AttentionOptions<SymInt> options{scale, 0.0, -1, -1, 0};
-  std::vector<Tensor> scores;
-  for (int64_t row = 0; row < rows; ++row) {
-    const Tensor one = query.narrow(2, row, 1);
-    scores.push_back(
-        attention_forward({key, one, one, some_weight, none, none, none, none, none}, options).lse);
-  }
-  return at::stack(scores, 2);  // (B, H, R, Lk)
-}
-
+// Canonical shapes and only the rows and heads asked for, then the forward operator.
 Tensor attention_weights_composite(
     const Tensor& query, const Tensor& key, const OptionalTensor& weight,
     const OptionalTensor& rows, const OptionalTensor& heads, const OptionalTensor& attn_mask,
     bool is_causal, std::optional<double> scale, bool enable_gqa, const OptionalTensor& key_lengths,
     const OptionalTensor& key_starts, SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes, bool average_heads) {
   const char* op = "attention_weights";
   check_selection("rows", query, rows);
   check_selection("heads", query, heads);
@@ -107,45 +129,28 @@ Tensor attention_weights_composite(
       {scale, 0.0, std::move(window_left), std::move(window_right), std::move(query_offset)},
       is_causal, enable_gqa);
 
-  // Only the rows and heads asked for.
-  const SymInt query_heads = c.query->sym_size(1);
   const SymInt key_heads = c.key->sym_size(1);
-  const SymInt group = key_heads == 0 ? SymInt(1) : query_heads / key_heads;
+  const SymInt group = key_heads == 0 ? SymInt(1) : c.query->sym_size(1) / key_heads;
+  Tensor chosen_key = *c.key;  // a head of its own for each chosen query head
+  if (heads.has_value()) {
+    chosen_key = at::index_select(
+        *c.key, 1, group == 1 ? *heads : heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
+  }
   const Tensor chosen_query = select(select(*c.query, 1, heads), 2, rows);
-  Tensor chosen_key = *c.key;
-  if (heads.has_value() && group == 1) {
-    chosen_key = select(*c.key, 1, heads);
-  } else if (heads.has_value()) {
-    chosen_key =
-        at::index_select(*c.key, 1, heads->div(group.guard_int(__FILE__, __LINE__), "floor"));
-  } else {
-    chosen_key = repeat_heads(*c.key, query_heads);
-  }
-
-  Tensor scores;
-  if (c.weight.has_value()) {
-    const bool per_head = c.weight->dim() == 2;
-    const Tensor chosen_weight = per_head ? select(*c.weight, 0, heads) : *c.weight;
-    scores = additive_scores(chosen_query, chosen_key, chosen_weight, scale);
-  } else {
-    scores = dot_scores(chosen_query, chosen_key, scale);
-  }
-  Tensor allowed = allowed_pairs(c.tensors(), c.options, rows.value_or(Tensor()));
-  if (c.alibi_slopes.has_value()) {
-    const Tensor slopes = select_unless_broadcast(*c.alibi_slopes, 1, heads);
-    const Tensor distances =
-        key_distances(c.tensors(), c.options, rows.value_or(Tensor()), scores.scalar_type());
-    scores = scores - slopes.to(scores.scalar_type()).unsqueeze(-1).unsqueeze(-1) * distances;
-  }
-  if (c.attn_mask.has_value()) {
-    const Tensor mask =
-        select_unless_broadcast(select_unless_broadcast(*c.attn_mask, 1, heads), 2, rows);
-    const bool is_bool = mask.scalar_type() == at::kBool;
-    const Tensor open = is_bool ? mask : mask.ne(-std::numeric_limits<double>::infinity());
-    if (!is_bool) scores = scores + mask.masked_fill(open.logical_not(), 0.0);
-    allowed = allowed.defined() ? at::logical_and(allowed, open) : open;
-  }
-  return c.restore(masked_softmax(scores, allowed).weights).to(query.scalar_type());
+  const bool weight_per_head = c.weight.has_value() && c.weight->dim() == 2;
+  const OptionalTensor chosen_weight =
+      weight_per_head ? OptionalTensor(select(*c.weight, 0, heads)) : c.weight;
+  const OptionalTensor mask =
+      select_unless_broadcast(select_unless_broadcast(c.attn_mask, 1, heads), 2, rows);
+  const OptionalTensor slopes = select_unless_broadcast(c.alibi_slopes, 1, heads);
+  const OptionalTensor indices = rows.has_value() ? OptionalTensor(rows->unsqueeze(0)) : rows;
+  const Tensor weights =
+      attention_weights_forward({indices, average_heads},
+                                {chosen_query, chosen_key, chosen_key, chosen_weight, mask,
+                                 c.key_lengths, c.key_starts, c.query_offsets, slopes},
+                                c.options);
+  const Tensor result = c.restore(weights);
+  return average_heads && c.rank > 3 ? result.squeeze(-3) : result;
 }
 
 }  // namespace

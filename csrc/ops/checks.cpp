@@ -128,7 +128,11 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
 }
 
 void check_attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& options) {
-  const char* op = t.name();
+  check_attention_forward(t.name(), t, options);
+}
+
+void check_attention_forward(const char* op, const AttentionTensors& t,
+                             const AttentionOptions<SymInt>& options) {
   check_attention_arguments(op, t, options, /*will_be_cast=*/false);
   TORCH_CHECK(
       t.query.dim() == 4 && t.key.dim() == 4 && t.value.dim() == 4, op,
@@ -199,6 +203,34 @@ void check_attention_backward(const BackwardInputs& inputs, const AttentionTenso
               op,
               ": philox_state must be int64, (2) with dropout and (0) without (got philox_state=",
               philox_state.sym_sizes(), ")");
+}
+
+void check_attention_weights(const AttentionTensors& t, const OptionalTensor& query_indices,
+                             const AttentionOptions<SymInt>& options) {
+  const char* op = "attention_weights";
+  check_attention_forward(op, t, options);
+  if (!query_indices.has_value()) return;
+  const SymInt& batch = t.query.sym_sizes()[0];
+  const SymInt& length = t.query.sym_sizes()[2];
+  check_index_tensor(op, "query_indices", t.query, query_indices);
+  check_broadcastable(op, "query_indices", *query_indices, {batch, length});
+  TORCH_CHECK(known_equal(query_indices->sym_sizes()[1], length), op,
+              ": query_indices must have one element per query (got query_indices=",
+              query_indices->sym_sizes(), ", query=", t.query.sym_sizes(), ")");
+}
+
+void check_attention_weights_backward(const Tensor& grad, const AttentionTensors& t,
+                                      const OptionalTensor& query_indices,
+                                      const AttentionOptions<SymInt>& options, bool average_heads) {
+  check_attention_weights(t, query_indices, options);
+  const char* op = "attention_weights";
+  const c10::SymIntArrayRef sizes = t.query.sym_sizes();
+  check_shape(op, "the gradient of the weights", grad,
+              {sizes[0], average_heads ? SymInt(1) : sizes[1], sizes[2], t.key.sym_sizes()[2]});
+  TORCH_CHECK(grad.scalar_type() == t.query.scalar_type() && grad.device() == t.query.device(), op,
+              ": the gradient of the weights must have dtype and device of query (got query=",
+              t.query.dtype(), " ", t.query.device(), ", the gradient=", grad.dtype(), " ",
+              grad.device(), ")");
 }
 
 void check_dropout_factors(const Tensor& philox_state, double dropout_p) {

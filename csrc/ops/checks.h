@@ -17,8 +17,18 @@ void check_attention_arguments(const char* op, const AttentionTensors& tensors,
 // The same and the canonical shapes of ops/attention.h.
 void check_attention_forward(const AttentionTensors& tensors,
                              const AttentionOptions<c10::SymInt>& options);
+void check_attention_forward(const char* op, const AttentionTensors& tensors,
+                             const AttentionOptions<c10::SymInt>& options);
 void check_attention_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
                               const AttentionOptions<c10::SymInt>& options);
+
+// Those of attention_weights: its value is its key.
+void check_attention_weights(const AttentionTensors& tensors, const OptionalTensor& query_indices,
+                             const AttentionOptions<c10::SymInt>& options);
+void check_attention_weights_backward(const at::Tensor& grad, const AttentionTensors& tensors,
+                                      const OptionalTensor& query_indices,
+                                      const AttentionOptions<c10::SymInt>& options,
+                                      bool average_heads);
 
 void check_dropout_factors(const at::Tensor& philox_state, double dropout_p);
 

@@ -112,21 +112,22 @@ ForwardResults empty_forward_results(const AttentionTensors& t, double dropout_p
           at::empty({dropout_p > 0 ? 2 : 0}, t.query.options().dtype(at::kLong))};
 }
 
+Tensor empty_gradient(const OptionalTensor& x, bool wanted, const Tensor& query) {
+  return wanted && x.has_value() ? at::empty_symint(x->sym_sizes(), x->options())
+                                 : at::empty({0}, query.options());
+}
+
 BackwardResults empty_backward_results(const BackwardInputs& inputs, const AttentionTensors& t) {
   const auto like = [](const Tensor& x) {
     const c10::SymIntArrayRef sizes = x.sym_sizes();
     return empty_in_order_of(x, {sizes[0], sizes[1], sizes[2], sizes[3]});
   };
-  const auto contiguous_like = [&](const OptionalTensor& x, bool wanted) {
-    return wanted ? at::empty_symint(x->sym_sizes(), x->options())
-                  : at::empty({0}, t.query.options());
-  };
   return {like(t.query),
           like(t.key),
           like(t.value),
-          contiguous_like(t.weight, t.weight.has_value()),
-          contiguous_like(t.attn_mask, inputs.attn_mask_grad),
-          contiguous_like(t.alibi_slopes, inputs.alibi_slopes_grad)};
+          empty_gradient(t.weight, t.weight.has_value(), t.query),
+          empty_gradient(t.attn_mask, inputs.attn_mask_grad, t.query),
+          empty_gradient(t.alibi_slopes, inputs.alibi_slopes_grad, t.query)};
 }
 
 kernels::AttentionForward forward_arguments(const PreparedProblem& prepared,

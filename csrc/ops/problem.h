@@ -25,6 +25,8 @@ PreparedProblem prepare_problem(const AttentionTensors& tensors,
 
 // The tensors that the forward and backward operators return, shared by every backend and Meta.
 ForwardResults empty_forward_results(const AttentionTensors& tensors, double dropout_p);
+// Of an optional argument: contiguous, without elements if it is not wanted.
+at::Tensor empty_gradient(const OptionalTensor& x, bool wanted, const at::Tensor& query);
 BackwardResults empty_backward_results(const BackwardInputs& inputs,
                                        const AttentionTensors& tensors);
 

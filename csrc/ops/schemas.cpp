@@ -51,7 +51,7 @@ TORCH_LIBRARY(torch_selfattn, library) {
   def("attention_weights(Tensor query, Tensor key, Tensor? weight=None, Tensor? rows=None, "
       "Tensor? heads=None, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
       "bool enable_gqa=False, " +
-          shared_tail + ") -> Tensor",
+          shared_tail + ", bool average_heads=False) -> Tensor",
       tags);
   def("multi_head_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, "
       "Tensor[] in_proj_weight, Tensor[] in_proj_bias, Tensor out_proj_weight, "
@@ -73,6 +73,33 @@ TORCH_LIBRARY(torch_selfattn, library) {
       tags);
   def("_attention_dropout_factors(Tensor philox_state, SymInt batch, SymInt heads, "
       "SymInt query_length, SymInt key_length, float dropout_p, ScalarType dtype) -> Tensor",
+      tags);
+
+  // Of multi_head_attention, with its projections as they come (ops/packed_attention.h).
+  const std::string packed_inputs =
+      "Tensor packed, Tensor? query, Tensor? weight, Tensor? attn_mask, Tensor? key_lengths, "
+      "Tensor? key_starts, Tensor? query_offsets, Tensor? alibi_slopes";
+  const std::string packed_options = "SymInt num_heads, SymInt num_kv_heads, " + canonical_options;
+  def("_packed_attention_forward(" + packed_inputs + ", " + packed_options +
+          ") -> (Tensor output, Tensor lse, Tensor philox_state)",
+      random_tags);
+  def("_packed_attention_backward(Tensor grad_output, Tensor? grad_lse, " + packed_inputs +
+          ", Tensor output, Tensor lse, Tensor philox_state, " + packed_options +
+          ", bool attn_mask_grad, bool alibi_slopes_grad) -> (Tensor grad_packed, "
+          "Tensor grad_query, Tensor grad_weight, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes)",
+      tags);
+
+  // Of attention_weights. query_indices: what the queries count as where they are rows of others.
+  const std::string weights_arguments =
+      "Tensor query, Tensor key, Tensor? weight, Tensor? attn_mask, Tensor? key_lengths, "
+      "Tensor? key_starts, Tensor? query_offsets, Tensor? alibi_slopes, Tensor? query_indices, "
+      "float? scale, SymInt window_left, SymInt window_right, SymInt query_offset, "
+      "bool average_heads";
+  def("_attention_weights_forward(" + weights_arguments + ") -> Tensor", tags);
+  def("_attention_weights_backward(Tensor grad, " + weights_arguments +
+          ", bool attn_mask_grad, bool alibi_slopes_grad) -> (Tensor grad_query, Tensor grad_key, "
+          "Tensor grad_weight, Tensor grad_attn_mask, Tensor grad_alibi_slopes)",
       tags);
 
   // Positional encodings, public layer.

@@ -34,6 +34,8 @@ class WeightsTester(CompilerTester):
     def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments:
         arguments = problem.arguments(self.score, dtype, device)
         del arguments["value"]
+        if problem.name in self.averaged:
+            arguments["average_heads"] = True
         if problem.name in self.selected:
             rows, heads = [2, 0, 2], [1, 0, 1]
             arguments["rows"] = torch.tensor(rows, device=device)
@@ -56,16 +58,42 @@ class WeightsTester(CompilerTester):
         "slopes, mask, window, lengths, groups",
     )
 
+    # The mean over the heads.
+    averaged = (
+        "shared weight",
+        "grouped, one head",
+        "grouped heads",
+        "query offsets",
+        "key lengths with 0",
+        "float mask (2, 1, 4, 5)",
+        "float mask (4, 5)",
+        "bool mask (2, 1, 1, 5)",
+        "5-D",
+        "3-D",
+        "2-D",
+        "zero keys",
+        "zero heads",
+        "long",
+        "long causal",
+        "long mask",
+        "slopes, mask, window, lengths, groups",
+    )
+
     def reference(self, arguments: Arguments, dropout_factors: Tensor | None) -> Any:
         arguments = dict(arguments)
         rows, heads = arguments.pop("rows", None), arguments.pop("heads", None)
+        average_heads = arguments.pop("average_heads", False)
         weights = reference_of(arguments | {"value": arguments["key"]})[2]
         weights = weights if rows is None else weights.index_select(-2, rows)
-        return (weights if heads is None else weights.index_select(-3, heads),)
+        weights = weights if heads is None else weights.index_select(-3, heads)
+        if average_heads and max(arguments["query"].dim(), arguments["key"].dim()) > 3:
+            weights = weights.sum(-3) / max(weights.shape[-3], 1)
+        return (weights,)
 
     def inner_ops(self, problem: Problem) -> list[str]:
-        inner = super().inner_ops(problem)
-        return inner if self.score == "additive" else []
+        return [f"torch_selfattn::_attention_weights_{d}" for d in ("forward", "backward")]
+
+    exported_inner_ops = ("_attention_weights_forward",)
 
     def growing(self) -> list[Arguments]:
         return [
@@ -82,7 +110,7 @@ class WeightsTester(CompilerTester):
                 torch.float32,
                 "cpu",
             )
-            | {"rows": torch.tensor([3, 1, 2])}
+            | {"rows": torch.arange(queries - 1).flip(0), "average_heads": True}
             for batch, queries, keys in ((5, 9, 10), (7, 13, 17), (8, 21, 31))
         ]
 
@@ -111,7 +139,6 @@ class WeightsTester(CompilerTester):
 
 class TestDotProductWeights(WeightsTester):
     score = "dot"
-    exported_inner_ops = ()
 
 
 class TestAdditiveWeights(WeightsTester):
@@ -164,3 +191,73 @@ def test_agrees_with_the_attention():
         weights = OPS.attention_weights(query, key, *w, window_left=2, query_offset=1)
         want = op(query, key, value, *w, window_left=2, query_offset=1)
         torch.testing.assert_close(weights @ value, want)
+
+
+@pytest.mark.parametrize("chosen", [None, [2, 0], [1]], ids=str)
+def test_the_mean_is_that_of_the_chosen_heads(chosen):
+    query, key = inputs(4, 3)
+    heads = None if chosen is None else torch.tensor(chosen)
+    for weight in (None, torch.tensor([0.3, -1.0, 2.0])):
+        single = OPS.attention_weights(query, key, weight, heads=heads)
+        mean = OPS.attention_weights(query, key, weight, heads=heads, average_heads=True)
+        torch.testing.assert_close(mean, single.mean(1))
+
+
+def test_gradients_of_many_rows_are_added_up_in_pieces():
+    """So many pairs that the backward pass takes the rows in several chunks, at least four."""
+    generator = torch.Generator().manual_seed(3)
+    query, key = (
+        torch.randn(1, 2, length, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+        for length in (2100, 4000)
+    )
+    mask = torch.zeros(1, 4000, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(1, 2, 2100, 4000, generator=generator, dtype=torch.float64)
+    options = {"window_left": 30, "window_right": 0, "query_offset": 900}
+    weights = OPS.attention_weights(query, key, attn_mask=mask, **options)
+    got = torch.autograd.grad(weights, (query, key, mask), grad)
+    want = reference_of({"query": query, "key": key, "value": key, "attn_mask": mask} | options)[2]
+    torch.testing.assert_close(got, torch.autograd.grad(want, (query, key, mask), grad))
+
+
+def test_third_derivative_where_query_is_key():
+    """A tensor given twice is two arguments: each derivative counts it once for each."""
+    x = inputs(3, 2)[0].double().requires_grad_()
+
+    def third(f: Any) -> Tensor:
+        y = f(x)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return y
+
+    got = third(lambda x: OPS.attention_weights(x, x))
+    torch.testing.assert_close(
+        got, third(lambda x: torch.softmax(x @ x.mT / x.shape[-1] ** 0.5, -1))
+    )
+    got = third(lambda x: OPS.dot_product_attention(x, x, x))
+    want = third(lambda x: torch.softmax(x @ x.mT / x.shape[-1] ** 0.5, -1) @ x)
+    torch.testing.assert_close(got, want)
+
+
+def test_key_lengths_out_of_range():
+    query, key = inputs(4, 2)
+    with pytest.raises(ValueError, match=r"attention_weights: key_lengths must be between 0 and"):
+        OPS.attention_weights(query, key, key_lengths=torch.tensor([5, 6]))
+
+
+def test_inner_operator_checks_its_indices():
+    query, key = inputs(4, 2)
+    arguments = (query, key, None, None, None, None, None, None)
+    for indices in (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="query_indices must"):
+            OPS._attention_weights_forward(*arguments, indices, None, 0, 0, 0, False)
+
+
+def test_vmap_over_rows():
+    """Rows that differ from sample to sample, in a window."""
+    query, key = inputs(4, 2)
+    rows = torch.tensor([[3, 1], [0, 0], [2, 3]])
+
+    def of(rows: Tensor) -> Tensor:
+        return OPS.attention_weights(query, key, rows=rows, window_left=1, window_right=1)
+
+    torch.testing.assert_close(torch.vmap(of)(rows), torch.stack([of(r) for r in rows]))

@@ -66,3 +66,39 @@ def test_no_more_than_three_times_inputs_and_outputs(op):
     found = measure(op, 8, 4096, 64)
     assert found["needed"] >= 64 * MEBI
     assert found["peak"] <= 3 * found["needed"], {k: v / MEBI for k, v in found.items()}
+
+
+AVERAGED_WEIGHTS = """
+import json, resource, sys
+import torch, torch_selfattn
+torch.set_num_threads(2)
+score, heads, length, dim = sys.argv[1], *map(int, sys.argv[2:])
+module = torch_selfattn.nn.MultiHeadAttention(heads * dim, heads, batch_first=True, score=score)
+
+@torch.no_grad()
+def run(length):
+    x = torch.randn(1, length, heads * dim)
+    out, weights = module(x, x, x, need_weights=True)  # averaged by default
+    projected = 3 * x.numel()
+    return 4 * (x.numel() + projected + out.numel() + weights.numel())
+
+run(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+needed = run(length)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"needed": needed, "peak": (after - before) * 1024}))
+"""
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_averaged_weights_do_not_form_those_of_the_heads(score):
+    """16 heads of 16, L = 2048: input, projections, output and averaged weights are 26 MiB; the
+    weights of all heads would be 256 MiB."""
+    run = subprocess.run(
+        [sys.executable, "-c", AVERAGED_WEIGHTS, score, "16", "2048", "16"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(run.stdout)
+    assert found["peak"] <= 2 * found["needed"], {k: v / MEBI for k, v in found.items()}

@@ -455,8 +455,6 @@ def test_state() -> None:
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ["grouped", "rotary", "alibi", "all"])
 def test_compiled(name: str, need_weights: bool) -> None:
-    if need_weights and OPTIONS[name].get("score") == "additive":
-        pytest.skip("attention_weights of the additive score is unrolled over the rows")
     kdim = OPTIONS[name].get("kdim", D)
     module = make(name, dtype=torch.float32)
 

@@ -305,7 +305,8 @@ class MultiHeadAttention(nn.Module):
         packed = self.in_proj_weight
         if packed is not None and value is key:
             both = F.linear(key, packed[e:], self._bias(e, e + 2 * kv))
-            k, v = both[..., :kv], both[..., kv:]
+            # One split, whose backward joins the two gradients; that of two slices adds them up.
+            k, v = both.chunk(2, -1)
         else:
             _, k_weight, v_weight = self._split_weights()
             k = F.linear(key, k_weight, self._bias(e, e + kv))
@@ -331,15 +332,18 @@ class MultiHeadAttention(nn.Module):
         key_starts: Tensor | None = None,
         query_offset: int = 0,
         query_offsets: Tensor | None = None,
+        average_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention and out-projection for what ``project_query`` and ``project_key_value`` give.
 
         The mask is one of the operators (True = attend), broadcastable to (B, H, Lq, Lk). Returns
-        (B, Lq, embed_dim) and the weights (B, H, Lq, Lk) or None.
+        (B, Lq, embed_dim) and the weights (B, H, Lq, Lk), with average_weights their mean over the
+        heads (B, Lq, Lk), or None.
         """
         return self._attend(
             query, key, value, need_weights, attn_mask, self.window_left,
             self._window_right(is_causal), key_lengths, key_starts, query_offset, query_offsets,
+            average_weights,
         )  # fmt: skip
 
     def _attend(
@@ -355,6 +359,7 @@ class MultiHeadAttention(nn.Module):
         key_starts: Tensor | None,
         query_offset: int,
         query_offsets: Tensor | None,
+        average_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout if self.training else 0.0
         score_weight = self.score_weight
@@ -377,6 +382,7 @@ class MultiHeadAttention(nn.Module):
                 query, key, score_weight, None, None, attn_mask, False, self.scale, True,
                 key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
                 slopes,
+                average_weights,
             )  # fmt: skip
         return out, weights
 
@@ -498,10 +504,12 @@ class MultiHeadAttention(nn.Module):
             value: (Lk, B, vdim), or as query.
             key_padding_mask: (B, Lk) or (Lk): boolean, True = ignore this key, or floating, added
                 to the score.
-            need_weights: also return the attention weights, a tensor of B * H * Lq * Lk elements.
+            need_weights: also return the attention weights: B * Lq * Lk elements averaged, and no
+                more memory than that, else B * H * Lq * Lk.
             attn_mask: (Lq, Lk) or (B * num_heads, Lq, Lk): boolean, True = ignore, or floating,
                 added to the score (differentiable).
-            average_attn_weights: return the weights' mean over the heads instead of all.
+            average_attn_weights: return the weights' mean over the heads instead of all; those of
+                single heads are not formed.
             is_causal: query i sees keys j <= i (+ query offset) only.
             key_lengths, key_starts: (B): sample b sees keys key_starts[b] <= j < key_lengths[b];
                 cheaper than the same as a key_padding_mask.
@@ -551,19 +559,16 @@ class MultiHeadAttention(nn.Module):
                         mask = mask.masked_fill(seen.logical_not(), -math.inf)
                 k, v, mask = self._append_keys(k, v, mask)
                 out, weights = self._attend(
-                    q, k, v, need_weights, mask, -1, -1, None, None, 0, None
+                    q, k, v, need_weights, mask, -1, -1, None, None, 0, None, average_attn_weights
                 )
             else:
                 out, weights = self.attend(
                     q, k, v, need_weights, mask, is_causal, key_lengths, key_starts, query_offset,
-                    query_offsets,
+                    query_offsets, average_attn_weights,
                 )  # fmt: skip
 
-        if weights is not None:
-            if average_attn_weights:
-                weights = weights.mean(1)
-            if not is_batched:
-                weights = weights[0]
+        if weights is not None and not is_batched:
+            weights = weights[0]
         if not is_batched:
             return out[0], weights
         return (out if self.batch_first else out.transpose(0, 1)), weights

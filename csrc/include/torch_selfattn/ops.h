@@ -70,8 +70,9 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_ls
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // Chosen rows of the weight matrix softmax(...), without forming the others: (..., heads, rows,
-// Lk). weight: None for the dot-product score, (E) or (H, E) for the additive one. rows: int64 (R)
-// query indices, all by default; heads: int64 query heads, all by default.
+// Lk), or, with average_heads, their mean over the heads (..., rows, Lk), without forming those of
+// single heads. weight: None for the dot-product score, (E) or (H, E) for the additive one. rows:
+// int64 (R) query indices, all by default; heads: int64 query heads, all by default.
 TORCH_SELFATTN_API at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key,
     const std::optional<at::Tensor>& weight = std::nullopt,
@@ -83,7 +84,7 @@ TORCH_SELFATTN_API at::Tensor attention_weights(
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt, bool average_heads = false);
 
 // In-projection, attention, out-projection.
 //   query (B, Lq, Dq), key (B, Lk, Dk), value (B, Lk, Dv), or without B -> (B, Lq, Do)

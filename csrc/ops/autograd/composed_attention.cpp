@@ -67,14 +67,86 @@ at::TensorOptions index_options(const AttentionTensors& t) {
 
 Tensor per_sample(const Tensor& index) { return index.to(at::kLong).reshape({-1, 1, 1, 1}); }
 
-// Where the queries `rows` (all if undefined) stand on the axis of the keys: (R, 1) or (B, 1, R,
-// 1).
-Tensor query_positions(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
-                       const Tensor& rows) {
-  const Tensor index =
-      rows.defined() ? rows.to(at::kLong) : at::arange(t.query.sym_size(2), index_options(t));
+// Where the queries stand on the axis of the keys: (Lq, 1) or (B or 1, 1, Lq, 1).
+Tensor query_positions(const AttentionTensors& t, const OptionalTensor& query_indices,
+                       const AttentionOptions<SymInt>& options) {
+  const Tensor index = query_indices.has_value()
+                           ? query_indices->to(at::kLong).unsqueeze(1)  // (B or 1, 1, Lq)
+                           : at::arange(t.query.sym_size(2), index_options(t));
   const Tensor position = index.unsqueeze(-1) + options.query_offset;
   return t.query_offsets.has_value() ? position + per_sample(*t.query_offsets) : position;
+}
+
+// (B, Hk, L, D) as (B, H, L, D): each head repeated for the query heads that read it.
+Tensor repeat_heads(const Tensor& t, const SymInt& heads) {
+  const SymInt kv_heads = t.sym_size(1);
+  if (kv_heads == heads) return t;
+  return t.unsqueeze(2)
+      .expand_symint({t.sym_size(0), kv_heads, heads / kv_heads, t.sym_size(2), t.sym_size(3)})
+      .reshape_symint({t.sym_size(0), heads, t.sym_size(2), t.sym_size(3)});
+}
+
+// The pairs (i, j) that may attend before the mask tensor is looked at, as a boolean tensor
+// broadcastable to (B, H, Lq, Lk); undefined if all may.
+Tensor allowed_pairs(const AttentionTensors& t, const OptionalTensor& query_indices,
+                     const AttentionOptions<SymInt>& options) {
+  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));  // (Lk)
+  Tensor allowed;
+  if (t.key_lengths.has_value()) allowed = both(allowed, keys.lt(per_sample(*t.key_lengths)));
+  if (t.key_starts.has_value()) allowed = both(allowed, keys.ge(per_sample(*t.key_starts)));
+  if (options.window_left >= 0 || options.window_right >= 0) {
+    const Tensor position = query_positions(t, query_indices, options);
+    if (options.window_left >= 0) {
+      allowed = both(allowed, keys.ge(position - options.window_left));
+    }
+    if (options.window_right >= 0) {
+      allowed = both(allowed, keys.le(position + options.window_right));
+    }
+  }
+  return allowed;
+}
+
+// |position(i) - j|, what ALiBi multiplies the slopes by: (1 or B, 1, Lq, Lk).
+Tensor key_distances(const AttentionTensors& t, const OptionalTensor& query_indices,
+                     const AttentionOptions<SymInt>& options, at::ScalarType dtype) {
+  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));
+  return (query_positions(t, query_indices, options) - keys).abs().to(dtype);
+}
+
+// Softmax statistics of scores (B, H, Lq, Lk).
+struct Softmax {
+  Tensor weights;
+  Tensor lse;
+};
+
+Softmax masked_softmax(const Tensor& given_scores, const Tensor& allowed) {
+  // A score that overflowed counts as the largest finite one: no inf - inf below.
+  const double largest = given_scores.scalar_type() == at::kDouble
+                             ? std::numeric_limits<double>::max()
+                             : static_cast<double>(std::numeric_limits<float>::max());
+  Tensor scores = at::clamp(given_scores, -largest, largest);
+  const Tensor minus_infinity = at::scalar_tensor(-kInfinity, scores.options());
+  const Tensor zero = at::scalar_tensor(0.0, scores.options());
+  if (allowed.defined()) scores = at::where(allowed, scores, minus_infinity);
+  if (scores.sym_size(-1) == 0) {
+    return {scores, at::full_symint(scores.sym_sizes().slice(0, 3), -kInfinity, scores.options())};
+  }
+  const Tensor row_max = at::amax(scores.detach(), {-1}, /*keepdim=*/true);
+  const Tensor shift = at::where(row_max.eq(-kInfinity), zero, row_max);
+  Tensor shifted = scores - shift;
+  Tensor exponentials;
+  if (allowed.defined()) {
+    // exp of a masked score is 0 either way; the first where keeps its derivative from being NaN.
+    shifted = at::where(allowed, shifted, zero);
+    exponentials = at::where(allowed, at::exp(shifted), zero);
+  } else {
+    exponentials = at::exp(shifted);
+  }
+  const Tensor sum = exponentials.sum(-1, /*keepdim=*/true);
+  const Tensor empty = sum.eq(0);
+  const Tensor divisor = at::where(empty, at::ones_like(sum), sum);
+  const Tensor lse = at::where(empty, minus_infinity, shift + at::log(divisor)).squeeze(-1);
+  return {exponentials / divisor, lse};
 }
 
 // Everything both directions need of one problem.
@@ -90,11 +162,11 @@ struct Terms {
   double scale;
 };
 
-Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
-                 const AttentionOptions<SymInt>& options) {
+Terms make_terms(const AttentionTensors& t, const OptionalTensor& query_indices,
+                 const Tensor& philox_state, const AttentionOptions<SymInt>& options) {
   Terms terms;
   const SymInt heads = t.query.sym_size(1);
-  Tensor allowed = allowed_pairs(t, options, Tensor());
+  Tensor allowed = allowed_pairs(t, query_indices, options);
   Tensor bias;
   if (t.attn_mask.has_value()) {
     const Tensor& mask = *t.attn_mask;
@@ -129,7 +201,7 @@ Terms make_terms(const AttentionTensors& t, const Tensor& philox_state,
     scores = at::matmul(terms.query * terms.scale, terms.key.transpose(-2, -1));
   }
   if (t.alibi_slopes.has_value()) {
-    terms.distances = key_distances(t, options, Tensor(), scores.scalar_type());
+    terms.distances = key_distances(t, query_indices, options, scores.scalar_type());
     const Tensor slopes = t.alibi_slopes->to(scores.scalar_type()).unsqueeze(-1).unsqueeze(-1);
     scores = scores - slopes * terms.distances;
   }
@@ -147,92 +219,10 @@ Tensor dropped(const Terms& terms, const Tensor& t) {
   return terms.factors.defined() ? t * terms.factors : t;
 }
 
-}  // namespace
-
-Tensor repeat_heads(const Tensor& t, const SymInt& heads) {
-  const SymInt kv_heads = t.sym_size(1);
-  if (kv_heads == heads) return t;
-  return t.unsqueeze(2)
-      .expand_symint({t.sym_size(0), kv_heads, heads / kv_heads, t.sym_size(2), t.sym_size(3)})
-      .reshape_symint({t.sym_size(0), heads, t.sym_size(2), t.sym_size(3)});
-}
-
-Tensor allowed_pairs(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
-                     const Tensor& rows) {
-  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));  // (Lk)
-  Tensor allowed;
-  if (t.key_lengths.has_value()) allowed = both(allowed, keys.lt(per_sample(*t.key_lengths)));
-  if (t.key_starts.has_value()) allowed = both(allowed, keys.ge(per_sample(*t.key_starts)));
-  if (options.window_left >= 0 || options.window_right >= 0) {
-    const Tensor position = query_positions(t, options, rows);
-    if (options.window_left >= 0) {
-      allowed = both(allowed, keys.ge(position - options.window_left));
-    }
-    if (options.window_right >= 0) {
-      allowed = both(allowed, keys.le(position + options.window_right));
-    }
-  }
-  return allowed;
-}
-
-Tensor key_distances(const AttentionTensors& t, const AttentionOptions<SymInt>& options,
-                     const Tensor& rows, at::ScalarType dtype) {
-  const Tensor keys = at::arange(t.key.sym_size(2), index_options(t));
-  return (query_positions(t, options, rows) - keys).abs().to(dtype);
-}
-
-Softmax masked_softmax(const Tensor& given_scores, const Tensor& allowed) {
-  // A score that overflowed counts as the largest finite one: no inf - inf below.
-  const double largest = given_scores.scalar_type() == at::kDouble
-                             ? std::numeric_limits<double>::max()
-                             : static_cast<double>(std::numeric_limits<float>::max());
-  Tensor scores = at::clamp(given_scores, -largest, largest);
-  const Tensor minus_infinity = at::scalar_tensor(-kInfinity, scores.options());
-  const Tensor zero = at::scalar_tensor(0.0, scores.options());
-  if (allowed.defined()) scores = at::where(allowed, scores, minus_infinity);
-  if (scores.sym_size(-1) == 0) {
-    return {scores, at::full_symint(scores.sym_sizes().slice(0, 3), -kInfinity, scores.options())};
-  }
-  const Tensor row_max = at::amax(scores.detach(), {-1}, /*keepdim=*/true);
-  const Tensor shift = at::where(row_max.eq(-kInfinity), zero, row_max);
-  Tensor shifted = scores - shift;
-  Tensor exponentials;
-  if (allowed.defined()) {
-    // exp of a masked score is 0 either way; the first where keeps its derivative from being NaN.
-    shifted = at::where(allowed, shifted, zero);
-    exponentials = at::where(allowed, at::exp(shifted), zero);
-  } else {
-    exponentials = at::exp(shifted);
-  }
-  const Tensor sum = exponentials.sum(-1, /*keepdim=*/true);
-  const Tensor empty = sum.eq(0);
-  const Tensor divisor = at::where(empty, at::ones_like(sum), sum);
-  const Tensor lse = at::where(empty, minus_infinity, shift + at::log(divisor)).squeeze(-1);
-  return {exponentials / divisor, lse};
-}
-
-ForwardResults composed_attention(const AttentionTensors& t, const Tensor& philox_state,
-                                  const AttentionOptions<SymInt>& options) {
-  const Terms terms = make_terms(t, philox_state, options);
-  const Tensor output = at::matmul(dropped(terms, terms.softmax.weights), terms.value);
-  return {output.to(t.query.scalar_type()), terms.softmax.lse, philox_state};
-}
-
-BackwardResults composed_attention_backward(const BackwardInputs& inputs, const AttentionTensors& t,
-                                            const AttentionOptions<SymInt>& options) {
-  const Terms terms = make_terms(t, inputs.philox_state, options);
-  const Tensor& p = terms.softmax.weights;
-  const Tensor grad_out = widened(inputs.grad_output);
-  const SymInt kv_heads = t.key.sym_size(1);
-
-  const Tensor grad_value = at::matmul(dropped(terms, p).transpose(-2, -1), grad_out);
-  const Tensor grad_p = dropped(terms, at::matmul(grad_out, terms.value.transpose(-2, -1)));
-  Tensor row_term = -(p * grad_p).sum(-1, /*keepdim=*/true);
-  if (inputs.grad_lse.has_value()) {
-    row_term = row_term + inputs.grad_lse->to(p.scalar_type()).unsqueeze(-1);
-  }
-  const Tensor grad_scores = p * (grad_p + row_term);  // (B, H, Lq, Lk)
-
+// What the gradient (B, H, Lq, Lk) of the scores gives the inputs; grad_value stays undefined.
+BackwardResults score_gradients(const AttentionTensors& t, const Terms& terms,
+                                const Tensor& grad_scores, bool attn_mask_grad,
+                                bool alibi_slopes_grad) {
   BackwardResults grads;
   Tensor grad_query;
   Tensor grad_key;
@@ -248,16 +238,61 @@ BackwardResults composed_attention_backward(const BackwardInputs& inputs, const 
     grad_key = at::matmul(grad_scores.transpose(-2, -1), terms.query) * terms.scale;
   }
   grads.grad_query = grad_query.to(t.query.scalar_type());
-  grads.grad_key = sum_head_groups(grad_key, kv_heads).to(t.key.scalar_type());
-  grads.grad_value = sum_head_groups(grad_value, kv_heads).to(t.value.scalar_type());
-  if (inputs.attn_mask_grad) {
+  grads.grad_key = sum_head_groups(grad_key, t.key.sym_size(1)).to(t.key.scalar_type());
+  if (attn_mask_grad) {
     grads.grad_attn_mask = sum_to(grad_scores, *t.attn_mask).to(t.attn_mask->scalar_type());
   }
-  if (inputs.alibi_slopes_grad) {
+  if (alibi_slopes_grad) {
     const Tensor per_head = -(grad_scores * terms.distances).sum(std::vector<int64_t>{2, 3});
     grads.grad_alibi_slopes = sum_to(per_head, *t.alibi_slopes).to(t.alibi_slopes->scalar_type());
   }
   return grads;
+}
+
+}  // namespace
+
+ForwardResults composed_attention(const AttentionTensors& t, const Tensor& philox_state,
+                                  const AttentionOptions<SymInt>& options) {
+  const Terms terms = make_terms(t, std::nullopt, philox_state, options);
+  const Tensor output = at::matmul(dropped(terms, terms.softmax.weights), terms.value);
+  return {output.to(t.query.scalar_type()), terms.softmax.lse, philox_state};
+}
+
+BackwardResults composed_attention_backward(const BackwardInputs& inputs, const AttentionTensors& t,
+                                            const AttentionOptions<SymInt>& options) {
+  const Terms terms = make_terms(t, std::nullopt, inputs.philox_state, options);
+  const Tensor& p = terms.softmax.weights;
+  const Tensor grad_out = widened(inputs.grad_output);
+
+  const Tensor grad_value = at::matmul(dropped(terms, p).transpose(-2, -1), grad_out);
+  const Tensor grad_p = dropped(terms, at::matmul(grad_out, terms.value.transpose(-2, -1)));
+  Tensor row_term = -(p * grad_p).sum(-1, /*keepdim=*/true);
+  if (inputs.grad_lse.has_value()) {
+    row_term = row_term + inputs.grad_lse->to(p.scalar_type()).unsqueeze(-1);
+  }
+  BackwardResults grads = score_gradients(t, terms, p * (grad_p + row_term), inputs.attn_mask_grad,
+                                          inputs.alibi_slopes_grad);
+  grads.grad_value = sum_head_groups(grad_value, t.key.sym_size(1)).to(t.value.scalar_type());
+  return grads;
+}
+
+Tensor composed_attention_weights(const WeightsInputs& inputs, const AttentionTensors& t,
+                                  const AttentionOptions<SymInt>& options) {
+  Tensor p = make_terms(t, inputs.query_indices, Tensor(), options).softmax.weights;
+  if (inputs.average_heads) p = p.sum(1, /*keepdim=*/true) / t.query.sym_size(1).max(1);
+  return p.to(t.query.scalar_type());
+}
+
+BackwardResults composed_attention_weights_backward(const WeightsBackwardInputs& inputs,
+                                                    const AttentionTensors& t,
+                                                    const AttentionOptions<SymInt>& options) {
+  const Terms terms = make_terms(t, inputs.query_indices, Tensor(), options);
+  const Tensor& p = terms.softmax.weights;
+  Tensor grad_p = widened(inputs.grad);  // (B, H or 1, Lq, Lk)
+  if (inputs.average_heads) grad_p = grad_p / t.query.sym_size(1).max(1);
+  const Tensor row_term = (p * grad_p).sum(-1, /*keepdim=*/true);
+  return score_gradients(t, terms, p * (grad_p - row_term), inputs.attn_mask_grad,
+                         inputs.alibi_slopes_grad);
 }
 
 }  // namespace torch_selfattn::ops

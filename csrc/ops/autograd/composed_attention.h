@@ -1,6 +1,7 @@
 #pragma once
 
 #include "ops/attention.h"
+#include "ops/attention_weights.h"
 
 // Attention composed of differentiable ATen operators, O(Lq Lk) memory (times E for the additive
 // score): what double backward, torch.func transforms and forward-mode AD differentiate. It follows
@@ -17,26 +18,12 @@ BackwardResults composed_attention_backward(const BackwardInputs& inputs,
                                             const AttentionTensors& tensors,
                                             const AttentionOptions<c10::SymInt>& options);
 
-// The pairs (i, j) that may attend before the mask tensor is looked at, as a boolean tensor
-// broadcastable to (B, H, Lq, Lk); undefined if all may. rows: the query indices, (R), or undefined
-// for all Lq.
-at::Tensor allowed_pairs(const AttentionTensors& tensors,
-                         const AttentionOptions<c10::SymInt>& options, const at::Tensor& rows);
-
-// |i + offset - j|, the distances that ALiBi slopes are multiplied by, of the same rows and
-// broadcast in the same way.
-at::Tensor key_distances(const AttentionTensors& tensors,
-                         const AttentionOptions<c10::SymInt>& options, const at::Tensor& rows,
-                         at::ScalarType dtype);
-
-// log-softmax statistics of scores (B, H, R, Lk) with the rules above.
-struct Softmax {
-  at::Tensor weights;
-  at::Tensor lse;
-};
-Softmax masked_softmax(const at::Tensor& scores, const at::Tensor& allowed);
-
-// (B, Hk, L, D) as (B, H, L, D): each head repeated for the query heads that read it.
-at::Tensor repeat_heads(const at::Tensor& t, const c10::SymInt& heads);
+// The weights of ops/attention_weights.h and their gradients, of which that of a value is
+// undefined.
+at::Tensor composed_attention_weights(const WeightsInputs& inputs, const AttentionTensors& tensors,
+                                      const AttentionOptions<c10::SymInt>& options);
+BackwardResults composed_attention_weights_backward(const WeightsBackwardInputs& inputs,
+                                                    const AttentionTensors& tensors,
+                                                    const AttentionOptions<c10::SymInt>& options);
 
 }  // namespace torch_selfattn::ops

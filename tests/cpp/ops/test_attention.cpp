@@ -1,6 +1,7 @@
 #include <torch/torch.h>
 #include <torch_selfattn/ops.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -110,6 +111,24 @@ TEST_CASE("multi-head attention agrees with torch::nn::MultiheadAttention", "[op
   std::vector<Tensor> inputs = module->parameters();
   inputs.push_back(x);
   require_same_gradients(got, want, inputs);
+}
+
+TEST_CASE("weights of chosen rows, and their mean over the heads", "[ops]") {
+  torch::manual_seed(6);
+  const Tensor q = leaf({2, 3, 5, 8});
+  const Tensor k = leaf({2, 3, 7, 8});
+  const Tensor rows = torch::tensor({4, 0, 4});
+  const auto want = [&] {
+    const Tensor scores = q.matmul(k.transpose(-2, -1)) / std::sqrt(8.0);
+    return torch::softmax(scores, -1).index_select(2, rows);
+  };
+  require_same_gradients(torch_selfattn::attention_weights(q, k, std::nullopt, rows), want(),
+                         {q, k});
+  const Tensor mean = torch_selfattn::attention_weights(
+      q, k, std::nullopt, rows, std::nullopt, std::nullopt, /*is_causal=*/false, std::nullopt,
+      /*enable_gqa=*/false, std::nullopt, std::nullopt, -1, -1, 0, std::nullopt, std::nullopt,
+      /*average_heads=*/true);
+  require_same_gradients(mean, want().mean(1), {q, k});
 }
 
 TEST_CASE("every implementation can be forced, and says why it cannot run", "[ops]") {
