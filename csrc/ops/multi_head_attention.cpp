@@ -3,12 +3,15 @@
 #include <torch_selfattn/ops.h>
 
 #include <array>
+#include <vector>
 
+#include "ops/canonical.h"
 #include "ops/operator_handle.h"
+#include "ops/packed_attention.h"
 
 // multi_head_attention: in-projection, attention, out-projection. The heads are views of the
 // projections, and the attention operator returns its output in the same memory order, so nothing
-// is copied between them.
+// is copied between them, nor their gradients.
 namespace torch_selfattn {
 
 using at::Tensor;
@@ -39,28 +42,29 @@ namespace {
 
 // The rows of the query, key and value projections in a packed or split in-projection.
 struct InProjection {
-  at::TensorList weight;
-  at::TensorList bias;
+  bool packed;
   std::array<SymInt, 4> begin;  // of each one's rows in the packed weight, and their end
 
-  bool packed() const { return weight.size() == 1; }
-
-  // x through the projections first ... last - 1, which are neighbours in the packed weight.
-  Tensor project(const Tensor& x, size_t first, size_t last) const {
-    const auto rows = [&](at::TensorList list) -> OptionalTensor {
-      if (list.empty()) return std::nullopt;
-      if (!packed()) return list[first];
-      if (first == 0 && last == 3) return list[0];
-      return list[0].narrow_symint(0, begin[first], begin[last] - begin[first]);
-    };
-    return at::linear(x, *rows(weight), rows(bias));
+  // What belongs to the projections cuts[i] ... cuts[i + 1] - 1, neighbours in the packed tensor;
+  // nothing where there is no bias. One split, so that backward joins its gradients in one piece.
+  std::vector<OptionalTensor> parts(at::TensorList list, const std::vector<size_t>& cuts) const {
+    const size_t count = cuts.size() - 1;
+    if (list.empty()) return std::vector<OptionalTensor>(count);
+    if (!packed) return std::vector<OptionalTensor>(list.begin(), list.end());
+    std::vector<SymInt> sizes;
+    for (size_t i = 0; i < count; ++i) sizes.push_back(begin[cuts[i + 1]] - begin[cuts[i]]);
+    const std::vector<Tensor> tensors = list[0].split_with_sizes_symint(sizes, 0);
+    return std::vector<OptionalTensor>(tensors.begin(), tensors.end());
   }
 };
 
-// (B, L, heads * dim) as (B, heads, L, dim), a view.
-Tensor split_heads(const Tensor& x, const SymInt& heads) {
-  const SymInt dim = x.sym_size(-1) / heads;
-  return x.unflatten_symint(-1, {heads, dim}).transpose(-3, -2);
+// A projection of (B, L, D). Where the length is outside in memory, as without batch_first, that of
+// the transposed input: linear() would copy an input that is not contiguous.
+Tensor project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const bool length_outside =
+      x.dim() == 3 && TORCH_GUARD_OR_FALSE(x.sym_stride(0).sym_lt(x.sym_stride(1)));
+  if (!length_outside) return at::linear(x, weight, bias);
+  return at::linear(x.transpose(0, 1), weight, bias).transpose(0, 1);
 }
 
 InProjection make_in_projection(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -113,7 +117,7 @@ InProjection make_in_projection(const Tensor& query, const Tensor& key, const Te
           weight[i].sym_sizes(), ", heads=", counts[i], ")");
     }
   }
-  return {weight, bias, begin};
+  return {weight.size() == 1, begin};
 }
 
 Tensor multi_head_attention_composite(
@@ -136,46 +140,63 @@ Tensor multi_head_attention_composite(
   const InProjection projection =
       make_in_projection(query, key, value, in_proj_weight, in_proj_bias, num_heads, kv_heads);
 
-  // As few matrix products as the inputs allow.
-  Tensor q;
-  Tensor k;
-  Tensor v;
-  const auto part = [&](const Tensor& packed, size_t first, size_t i) {
-    return packed.narrow_symint(-1, projection.begin[i] - projection.begin[first],
-                                projection.begin[i + 1] - projection.begin[i]);
-  };
-  if (projection.packed() && query.is_same(key) && key.is_same(value)) {
-    const Tensor packed = projection.project(query, 0, 3);
-    q = part(packed, 0, 0);
-    k = part(packed, 0, 1);
-    v = part(packed, 0, 2);
-  } else {
-    q = projection.project(query, 0, 1);
-    if (projection.packed() && key.is_same(value)) {
-      const Tensor packed = projection.project(key, 1, 3);
-      k = part(packed, 1, 1);
-      v = part(packed, 1, 2);
-    } else {
-      k = projection.project(key, 1, 2);
-      v = projection.project(value, 2, 3);
-    }
-  }
   const auto batched = [](const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(0) : x; };
-  q = split_heads(batched(q), num_heads);
-  k = split_heads(batched(k), kv_heads);
-  v = split_heads(batched(v), kv_heads);
   const bool grouped = num_heads != kv_heads;
-  const Tensor attended =
-      score_weight.has_value()
-          ? additive_attention(q, k, v, *score_weight, attn_mask, dropout_p, is_causal, scale,
-                               grouped, key_lengths, key_starts, std::move(window_left),
-                               std::move(window_right), std::move(query_offset), query_offsets,
-                               alibi_slopes)
-          : dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped,
-                                  key_lengths, key_starts, std::move(window_left),
-                                  std::move(window_right), std::move(query_offset), query_offsets,
-                                  alibi_slopes);
-  const Tensor joined = attended.transpose(-3, -2).flatten(-2);  // (B, Lq, H Ev)
+  const bool is_self = query.is_same(key) && key.is_same(value);
+  const bool same_batch =
+      query.dim() == 2 || TORCH_GUARD_OR_FALSE(query.sym_size(0).sym_eq(key.sym_size(0)));
+  Tensor joined;  // (B, Lq, H Ev)
+  if (projection.packed && key.is_same(value) && same_batch) {
+    // One matrix product for what has one input, and the attention on its output as it is.
+    Tensor packed;
+    OptionalTensor separate;
+    if (is_self) {
+      const OptionalTensor bias = in_proj_bias.empty() ? OptionalTensor() : in_proj_bias[0];
+      packed = batched(project(query, in_proj_weight[0], bias));
+    } else {
+      const auto weights = projection.parts(in_proj_weight, {0, 1, 3});
+      const auto biases = projection.parts(in_proj_bias, {0, 1, 3});
+      separate = batched(project(query, *weights[0], biases[0]));
+      packed = batched(project(key, *weights[1], biases[1]));
+    }
+    const HeadCounts<SymInt> counts{num_heads, kv_heads};
+    HeadViews views;  // for the rules of the other arguments only, so no part of a graph
+    {
+      const at::NoGradGuard no_grad;
+      views = split_packed(packed, separate, counts);
+    }
+    const AttentionTensors tensors =
+        views.with({packed, separate, score_weight, attn_mask, key_lengths, key_starts,
+                    query_offsets, alibi_slopes});
+    const CanonicalProblem c = canonicalize(tensors.name(), tensors,
+                                            {scale, dropout_p, std::move(window_left),
+                                             std::move(window_right), std::move(query_offset)},
+                                            is_causal, grouped);
+    joined = packed_attention_forward({packed, separate, c.weight, c.attn_mask, c.key_lengths,
+                                       c.key_starts, c.query_offsets, c.alibi_slopes},
+                                      counts, c.options)
+                 .output;
+  } else {
+    const auto weights = projection.parts(in_proj_weight, {0, 1, 2, 3});
+    const auto biases = projection.parts(in_proj_bias, {0, 1, 2, 3});
+    const auto heads = [&](const Tensor& x, size_t i, const SymInt& count) {
+      return split_heads(batched(project(x, *weights[i], biases[i])), count);
+    };
+    const Tensor q = heads(query, 0, num_heads);
+    const Tensor k = heads(key, 1, kv_heads);
+    const Tensor v = heads(value, 2, kv_heads);
+    const Tensor attended =
+        score_weight.has_value()
+            ? additive_attention(q, k, v, *score_weight, attn_mask, dropout_p, is_causal, scale,
+                                 grouped, key_lengths, key_starts, std::move(window_left),
+                                 std::move(window_right), std::move(query_offset), query_offsets,
+                                 alibi_slopes)
+            : dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped,
+                                    key_lengths, key_starts, std::move(window_left),
+                                    std::move(window_right), std::move(query_offset), query_offsets,
+                                    alibi_slopes);
+    joined = join_heads(attended);
+  }
   const Tensor output = at::linear(joined, out_proj_weight, out_proj_bias);
   return query.dim() == 2 ? output.squeeze(0) : output;
 }

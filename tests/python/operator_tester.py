@@ -141,17 +141,16 @@ class OperatorTester(ABC):
 
     @staticmethod
     def split(arguments: Arguments) -> tuple[list[Tensor], Callable[[Any], Arguments]]:
-        """The differentiable tensors, and the arguments with others in their places."""
+        """The differentiable tensors, and the arguments with others in their places. A tensor that
+        is given twice is one."""
         leaves, spec = tree_flatten(arguments)
-        where = [n for n, leaf in enumerate(leaves) if is_float(leaf)]
+        given = {id(leaf): leaf for leaf in leaves if is_float(leaf)}
 
         def join(tensors: Any) -> Arguments:
-            new = list(leaves)
-            for n, tensor in zip(where, tensors, strict=True):
-                new[n] = tensor
-            return tree_unflatten(new, spec)
+            by_id = dict(zip(given, tensors, strict=True))
+            return tree_unflatten([by_id.get(id(leaf), leaf) for leaf in leaves], spec)
 
-        return [leaves[n] for n in where], join
+        return list(given.values()), join
 
     def function(self, arguments: Arguments, call: Any = None) -> tuple[Any, list[Tensor]]:
         """The operator as a function of its differentiable tensors, as gradcheck wants it: the same

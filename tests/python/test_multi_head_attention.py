@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from attention_problems import Mask, reference_attention
 from compiler_tester import CompilerTester
 from operator_tester import OPS, Arguments
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_selfattn import reference
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,17 @@ PROBLEMS = [
     ),
     MultiHeadProblem("slopes, no batch", batch=0, slopes=(2,)),
     MultiHeadProblem("dropout", options={"dropout_p": 0.4}),
+    MultiHeadProblem("self, bool mask", "self", mask=Mask("bool", (2, 1, 3, 3))),
+    MultiHeadProblem("memory, float mask", "memory", mask=Mask("float", (2, 3, 4))),
+    MultiHeadProblem(
+        "grouped, additive, lengths",
+        "memory",
+        heads=4,
+        kv_heads=2,
+        additive=True,
+        mask=Mask("float", (1, 1, 3, 4)),
+        options={"key_lengths": torch.tensor([4, 2]), "window_left": 1, "query_offset": 2},
+    ),
     MultiHeadProblem("larger", "self", queries=33, embed_dim=24, heads=3, large=True),
     MultiHeadProblem("zero batch", batch=0, queries=0, keys=3, empty=True),
     MultiHeadProblem("zero keys", keys=0, empty=True),
@@ -130,7 +146,13 @@ class TestMultiHeadAttention(CompilerTester):
     few: ClassVar[list[str]] = [
         "self", "three weights", "additive, self, grouped", "float mask", "slopes",
     ]  # fmt: skip
-    fewest: ClassVar[list[str]] = ["self", "dropout"]
+    fewest: ClassVar[list[str]] = [
+        "self",
+        "memory",
+        "grouped, additive, lengths",
+        "slopes",
+        "dropout",
+    ]
 
     def arguments(self, problem: MultiHeadProblem, dtype: torch.dtype, device: str) -> Arguments:
         return problem.arguments(dtype, device)
@@ -163,6 +185,11 @@ class TestMultiHeadAttention(CompilerTester):
         )[0]
         return (F.linear(out.transpose(-3, -2).flatten(-2), out_weight, out_bias),)
 
+    def inner_ops(self, problem: MultiHeadProblem) -> list[str]:
+        packed = problem.packed and problem.inputs != "different"
+        name = "packed_attention" if packed else "attention"
+        return [f"torch_selfattn::_{name}_{d}" for d in ("forward", "backward")]
+
     # PyTorch's matrix products differ with the number of threads.
     numbers_of_threads = ()
 
@@ -186,6 +213,224 @@ class TestMultiHeadAttention(CompilerTester):
 
     def small(self, seed: int = 0) -> Arguments:
         return MultiHeadProblem(f"small {seed}", queries=2, keys=3).arguments(torch.float64)
+
+
+class Names(TorchDispatchMode):
+    """Names of the operators that run, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {"t", "transpose", "view", "_unsafe_view", "unsqueeze", "squeeze", "slice", "detach"}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["self", "larger", "grouped", "additive, self, grouped"])
+def test_self_attention_is_two_products_and_the_attention(name, dtype, batch_first):
+    """One matrix product in, one out, two each in backward, and nothing that copies, fills or adds:
+    the heads and their gradients are read and written where the products have them."""
+    problem = next(p for p in PROBLEMS if p.name == name)
+    arguments = problem.arguments(dtype)
+    tensors, join = TestMultiHeadAttention.split(arguments)
+    if not batch_first:
+        tensors[0] = tensors[0].transpose(0, 1).contiguous()
+    for x in tensors:
+        x.requires_grad_()
+    with Names() as forward:
+        x = tensors[0] if batch_first else tensors[0].transpose(0, 1)
+        output = OPS.multi_head_attention(**join([x, *tensors[1:]]))
+    grad = torch.randn_like(output)
+    with Names() as backward:
+        torch.autograd.grad(output, tensors, grad)
+    computed = [n for n in forward.names if n not in VIEWS]
+    assert computed == ["addmm", "_packed_attention_forward", "addmm"], computed
+    computed = [n for n in backward.names if n not in VIEWS]
+    products = ["mm", "mm", "sum"]  # gradients of input, weight and bias
+    assert sorted(computed) == sorted([*products, *products, "_packed_attention_backward"]), (
+        computed
+    )
+
+
+@pytest.mark.parametrize("name", ["memory", "grouped, memory"])
+def test_attention_to_a_memory_joins_the_parameters_only(name):
+    """The packed weight and bias are split, so their gradients are joined; nothing else is."""
+    arguments = next(p for p in PROBLEMS if p.name == name).arguments(torch.float32)
+    inputs = [arguments["query"], arguments["key"], *arguments["in_proj_weight"]]
+    for x in (*inputs, *arguments["in_proj_bias"]):
+        x.requires_grad_()
+    with Names() as names:
+        output = OPS.multi_head_attention(**arguments)
+        torch.autograd.grad(output.sum(), [*inputs, *arguments["in_proj_bias"]])
+    copies = {
+        "cat",
+        "copy_",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "fill_",
+        "zeros",
+        "new_zeros",
+        "add",
+    }
+    copies |= {"slice_backward", "narrow_copy", "index_put_"}
+    assert [n for n in names.names if n in copies] == ["cat", "cat"]
+
+
+class SelfAttention(torch.nn.Module):
+    """Self-attention or, with a second input, attention to a memory, with grouped heads: a function
+    of its input and of parameters that are packed."""
+
+    def __init__(self, additive: bool = False, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(8)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64) / 2
+
+        self.parameters_ = torch.nn.ParameterList([randn(16, 8), randn(16), randn(3, 8)])
+        self.score_weight = torch.nn.Parameter(randn(4, 2)) if additive else None
+        self.dropout_p = dropout_p
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        weight, bias, out_weight = self.parameters_
+        key = x if memory is None else memory
+        return OPS.multi_head_attention(
+            x, key, key, 4, [weight], [bias], out_weight, None, self.score_weight, 2,
+            dropout_p=self.dropout_p, window_left=2,
+        )  # fmt: skip
+
+    def reference(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        weight, bias, out_weight = self.parameters_
+        key = x if memory is None else memory
+        return reference.multi_head_attention(
+            x, key, key, 4, [weight], [bias], out_weight, None, self.score_weight, 2, window_left=2
+        )
+
+
+def self_inputs(memory: bool, batch: int = 2, length: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(batch, length, 8), (batch, length + 1, 8)][: 2 if memory else 1]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def outputs_and_grads(f: Any, inputs: list[Tensor], module: torch.nn.Module) -> list[Tensor]:
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    output = f(*inputs)
+    return [output, *torch.autograd.grad(output.sin().sum(), [*inputs, *module.parameters()])]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("memory", [False, True])
+class TestPacked:
+    """What the compilers and transforms make of the operators on packed projections."""
+
+    def test_compile(self, memory, additive):
+        module = SelfAttention(additive)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for batch, length in ((3, 5), (4, 9), (2, 7)):
+                inputs = self_inputs(memory, batch, length)
+                got = outputs_and_grads(compiled, inputs, module)
+                torch.testing.assert_close(got, outputs_and_grads(module, inputs, module))
+        torch._dynamo.reset()
+
+    def test_export(self, memory, additive):
+        module = SelfAttention(additive)
+        inputs = self_inputs(memory, 3, 5)
+        shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes)
+        code = program.run_decompositions().graph_module.code
+        assert "torch.ops.torch_selfattn._packed_attention_forward.default" in code
+        inputs = self_inputs(memory, 4, 5)
+        torch.testing.assert_close(program.module()(*inputs), module(*inputs))
+
+    def test_torch_func(self, memory, additive):
+        module = SelfAttention(additive)
+        inputs = self_inputs(memory)
+        every = tuple(range(len(inputs)))
+        tangents = tuple(x.cos() for x in inputs)
+        for transform in (
+            lambda f: torch.func.grad(lambda *x: f(*x).sin().sum(), every)(*inputs),
+            lambda f: torch.func.jacrev(f, every)(*inputs),
+            lambda f: torch.func.jvp(f, tuple(inputs), tangents),
+            lambda f: torch.func.hessian(lambda *x: f(*x).sin().sum(), every)(*inputs),
+            lambda f: torch.vmap(torch.func.grad(lambda *x: f(*x).sin().sum(), every))(
+                *[torch.stack((x, x.flip(-1))) for x in inputs]
+            ),
+        ):
+            got, want = transform(module), transform(module.reference)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+    def test_vmap(self, memory, additive):
+        """Outputs and gradients of samples; batched gradients of one output."""
+        module = SelfAttention(additive)
+        inputs = [torch.stack((x, x.flip(-1), x * 2)) for x in self_inputs(memory)]
+        got = outputs_and_grads(torch.vmap(module), inputs, module)
+
+        def one_by_one(*inputs: Tensor) -> Tensor:
+            return torch.stack([module(*sample) for sample in zip(*inputs, strict=True)])
+
+        torch.testing.assert_close(got, outputs_and_grads(one_by_one, inputs, module))
+        leaves = [x[0].clone().requires_grad_() for x in inputs]
+        output = module(*leaves)
+        grads = torch.stack((torch.ones_like(output), output.detach()))
+        batched = torch.autograd.grad(
+            output, leaves, grads, is_grads_batched=True, retain_graph=True
+        )
+        single = [torch.autograd.grad(output, leaves, g, retain_graph=True) for g in grads]
+        torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*single, strict=True))))
+
+    def test_vmap_with_dropout(self, memory, additive):
+        module = SelfAttention(additive, dropout_p=0.5)
+        x = self_inputs(memory)
+        inputs = [torch.stack((t, t)) for t in x]
+        different = torch.vmap(module, randomness="different")(*inputs)
+        assert not torch.equal(different[0], different[1])
+        torch.manual_seed(4)
+        same = torch.vmap(module, randomness="same")(*inputs)
+        torch.manual_seed(4)
+        torch.testing.assert_close(same, torch.stack([module(*x)] * 2))
+        leaves = [t.clone().requires_grad_() for t in x]
+        output = module(*leaves)
+        grads = torch.stack((torch.ones_like(output), output.detach()))
+        batched = torch.autograd.grad(
+            output, leaves, grads, is_grads_batched=True, retain_graph=True
+        )
+        single = [torch.autograd.grad(output, leaves, g, retain_graph=True) for g in grads]
+        torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*single, strict=True))))
+
+
+def test_flops_of_packed_attention_are_those_of_its_parts():
+    module = SelfAttention()
+    x = self_inputs(memory=False)[0].requires_grad_()
+
+    def count(key: Tensor) -> int:
+        weight, bias, out_weight = module.parameters_
+        with FlopCounterMode(display=False) as counter:
+            OPS.multi_head_attention(
+                x, key, key, 4, [weight], [bias], out_weight, None, None, 2
+            ).sum().backward()
+        return counter.get_total_flops()
+
+    products = 2 * x.shape[0] * x.shape[1] * (8 * 16 + 8 * 3)
+    pairs = 2 * 4 * 3 * 3
+    assert count(x) == 3 * products + pairs * 2 * (4 + 10)
+    assert count(x.clone()) == count(x)
+
+
+def test_inner_operators_check_their_columns():
+    packed = torch.zeros(1, 3, 10)
+    rest = (*[None] * 7, 4, 2, None, 0.0, -1, -1, 0)
+    with pytest.raises(RuntimeError, match="packed projection must have columns for all heads"):
+        OPS._packed_attention_forward(packed, *rest)
 
 
 def test_agrees_with_pytorch():

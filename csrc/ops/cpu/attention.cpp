@@ -11,6 +11,7 @@
 #include "ops/cpu/parallel.h"
 #include "ops/explain.h"
 #include "ops/implementation_choice.h"
+#include "ops/packed_attention.h"
 #include "ops/problem.h"
 
 namespace torch_selfattn::ops {
@@ -38,16 +39,14 @@ ForwardResults attention_forward_cpu(const AttentionTensors& tensors,
   return results;
 }
 
-BackwardResults attention_backward_cpu(const BackwardInputs& inputs,
-                                       const AttentionTensors& tensors,
-                                       const AttentionOptions<int64_t>& options) {
-  check_attention_backward(inputs, tensors, symbolic(options));
+// Fills the results, of arguments that check_attention_backward has accepted.
+void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
+                  const AttentionOptions<int64_t>& options, const BackwardResults& results) {
   check_key_bounds(tensors);
   PreparedProblem prepared = prepare_problem(tensors, options);
   if (options.dropout_p > 0) {
     prepared.problem.philox_state = inputs.philox_state.const_data_ptr<int64_t>();
   }
-  BackwardResults results = empty_backward_results(inputs, tensors);
   const Tensor lse = inputs.lse.contiguous();
   const Tensor grad_lse =
       inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
@@ -56,7 +55,27 @@ BackwardResults attention_backward_cpu(const BackwardInputs& inputs,
   implementation.backward(
       backward_arguments(prepared, inputs.grad_output, grad_lse, inputs.output, lse, results),
       torch_parallel());
+}
+
+BackwardResults attention_backward_cpu(const BackwardInputs& inputs,
+                                       const AttentionTensors& tensors,
+                                       const AttentionOptions<int64_t>& options) {
+  check_attention_backward(inputs, tensors, symbolic(options));
+  BackwardResults results = empty_backward_results(inputs, tensors);
+  run_backward(inputs, tensors, options, results);
   return results;
+}
+
+PackedGradients packed_attention_backward_cpu(const BackwardInputs& inputs,
+                                              const PackedTensors& tensors,
+                                              const HeadCounts<int64_t>& heads,
+                                              const AttentionOptions<int64_t>& options) {
+  PackedBackward p =
+      prepare_packed_backward(inputs, tensors, {heads.query, heads.key}, symbolic(options));
+  run_backward({p.grad_output, inputs.grad_lse, p.output, inputs.lse, inputs.philox_state,
+                inputs.attn_mask_grad, inputs.alibi_slopes_grad},
+               p.heads.with(tensors), options, p.results);
+  return std::move(p.grads);
 }
 
 Tensor attention_dropout_factors_cpu(const Tensor& philox_state, int64_t batch, int64_t heads,
@@ -88,6 +107,7 @@ const bool registered = register_candidates(at::kCPU, &attention_candidates_cpu)
 TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cpu>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cpu>::call));
+  m.impl("_packed_attention_backward", TORCH_FN(PackedKernel<packed_attention_backward_cpu>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cpu));
 }
 

@@ -11,6 +11,7 @@
 #include "ops/cuda/attention_implementations.h"
 #include "ops/explain.h"
 #include "ops/implementation_choice.h"
+#include "ops/packed_attention.h"
 
 // Host code only: compiled by the C++ compiler, the kernels are in kernels/cuda. Nothing here waits
 // for the GPU, so key_lengths and key_starts are not looked at; the kernels clamp them.
@@ -73,15 +74,13 @@ ForwardResults attention_forward_cuda(const AttentionTensors& tensors,
   return results;
 }
 
-BackwardResults attention_backward_cuda(const BackwardInputs& inputs,
-                                        const AttentionTensors& tensors,
-                                        const AttentionOptions<int64_t>& options) {
-  check_attention_backward(inputs, tensors, symbolic(options));
-  const c10::cuda::CUDAGuard device(tensors.query.device());
+// Fills the results, or puts others of the same strides in their place, of arguments that
+// check_attention_backward has accepted.
+void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
+                  const AttentionOptions<int64_t>& options, BackwardResults& results) {
   PreparedProblem prepared = prepare_problem(tensors, options);
   const Tensor state = inputs.philox_state.contiguous();
   if (options.dropout_p > 0) prepared.problem.philox_state = state.const_data_ptr<int64_t>();
-  BackwardResults results = empty_backward_results(inputs, tensors);
   const Tensor lse = inputs.lse.contiguous();
   const Tensor grad_lse =
       inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
@@ -89,7 +88,36 @@ BackwardResults attention_backward_cuda(const BackwardInputs& inputs,
                                 grad_lse, inputs.output, lse};
   choose_from(backward_implementations, request, tensors.name(), "backward", "cuda")
       .run(request, results);
+}
+
+BackwardResults attention_backward_cuda(const BackwardInputs& inputs,
+                                        const AttentionTensors& tensors,
+                                        const AttentionOptions<int64_t>& options) {
+  check_attention_backward(inputs, tensors, symbolic(options));
+  const c10::cuda::CUDAGuard device(tensors.query.device());
+  BackwardResults results = empty_backward_results(inputs, tensors);
+  run_backward(inputs, tensors, options, results);
   return results;
+}
+
+PackedGradients packed_attention_backward_cuda(const BackwardInputs& inputs,
+                                               const PackedTensors& tensors,
+                                               const HeadCounts<int64_t>& heads,
+                                               const AttentionOptions<int64_t>& options) {
+  const c10::cuda::CUDAGuard device(tensors.packed.device());
+  PackedBackward p =
+      prepare_packed_backward(inputs, tensors, {heads.query, heads.key}, symbolic(options));
+  BackwardResults results = p.results;
+  run_backward({p.grad_output, inputs.grad_lse, p.output, inputs.lse, inputs.philox_state,
+                inputs.attn_mask_grad, inputs.alibi_slopes_grad},
+               p.heads.with(tensors), options, results);
+  const auto put = [](const Tensor& to, const Tensor& computed) {
+    if (!computed.is_same(to)) to.copy_(computed);
+  };
+  put(p.results.grad_query, results.grad_query);
+  put(p.results.grad_key, results.grad_key);
+  put(p.results.grad_value, results.grad_value);
+  return std::move(p.grads);
 }
 
 Tensor attention_dropout_factors_cuda(const Tensor& philox_state, int64_t batch, int64_t heads,
@@ -120,6 +148,8 @@ const bool registered = register_candidates(at::kCUDA, &attention_candidates_cud
 TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cuda>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cuda>::call));
+  m.impl("_packed_attention_backward",
+         TORCH_FN(PackedKernel<packed_attention_backward_cuda>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_cuda));
 }
 
