@@ -1,6 +1,7 @@
 #include <torch/library.h>
 
 #include "ops/attention_weights_kernel.h"
+#include "ops/autocast/bias.h"
 
 namespace torch_selfattn::ops {
 
@@ -9,7 +10,7 @@ namespace {
 using at::Tensor;
 
 // Weights are to be looked at: they keep the dtype of the query and are not made coarser, so the
-// key and the score's weight follow the query. A floating mask and ALiBi slopes may stay float32.
+// key and the score's weight follow the query.
 template <c10::DispatchKey dispatch_key>
 Tensor attention_weights_forward_autocast(const WeightsInputs& inputs, const AttentionTensors& t,
                                           const AttentionOptions<c10::SymInt>& options) {
@@ -17,14 +18,10 @@ Tensor attention_weights_forward_autocast(const WeightsInputs& inputs, const Att
   const auto cast = [&](const OptionalTensor& x) {
     return x.has_value() ? OptionalTensor(x->to(t.query.scalar_type())) : x;
   };
-  const auto cast_bias = [&](const OptionalTensor& x) {
-    const bool keep = !x.has_value() || !x->is_floating_point() || x->scalar_type() == at::kFloat;
-    return keep ? x : cast(x);
-  };
   const Tensor key = t.key.to(t.query.scalar_type());
   const OptionalTensor weight = cast(t.weight);
-  const OptionalTensor attn_mask = cast_bias(t.attn_mask);
-  const OptionalTensor alibi_slopes = cast_bias(t.alibi_slopes);
+  const OptionalTensor attn_mask = cast_bias(t.attn_mask, cast);
+  const OptionalTensor alibi_slopes = cast_bias(t.alibi_slopes, cast);
   return attention_weights_forward(inputs,
                                    {t.query, key, key, weight, attn_mask, t.key_lengths,
                                     t.key_starts, t.query_offsets, alibi_slopes},

@@ -3,6 +3,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "ops/autocast/bias.h"
+
 namespace torch_selfattn::ops {
 
 namespace {
@@ -15,15 +17,11 @@ ForwardResults packed_attention_forward_autocast(const PackedTensors& t,
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(dispatch_key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [dtype](const auto& x) { return at::autocast::cached_cast(dtype, x, device); };
-  const auto cast_bias = [&](const OptionalTensor& x) {
-    const bool keep = !x.has_value() || !x->is_floating_point() || x->scalar_type() == at::kFloat;
-    return keep ? x : cast(x);
-  };
   const at::Tensor packed = cast(t.packed);
   const OptionalTensor query = cast(t.query);
   const OptionalTensor weight = cast(t.weight);
-  const OptionalTensor attn_mask = cast_bias(t.attn_mask);
-  const OptionalTensor alibi_slopes = cast_bias(t.alibi_slopes);
+  const OptionalTensor attn_mask = cast_bias(t.attn_mask, cast);
+  const OptionalTensor alibi_slopes = cast_bias(t.alibi_slopes, cast);
   return packed_attention_forward({packed, query, weight, attn_mask, t.key_lengths, t.key_starts,
                                    t.query_offsets, alibi_slopes},
                                   heads, options);
