@@ -233,7 +233,7 @@ class BackwardKernel {
     for (std::int64_t j = range.begin; j < range.end; ++j) {
       T score = static_cast<T>(exact_score<T>(p_, b, h, i, j));
       if (alibi.active) alibi.add(i, j, 1, Zeros::kSkip, &score);
-      if (p_.mask_kind != MaskKind::kNone) add_mask_row(p_, b, h, i, j, 1, &score);
+      if (p_.mask_kind != MaskKind::kNone) add_mask_row(p_, b, h, i, j, 1, Zeros::kSkip, &score);
       if (score == -infinity<T>()) continue;
       if (score > maximum) {
         total = maximum == -infinity<T>() ? T(0) : total * exp2_of(maximum - score);
@@ -566,7 +566,7 @@ class BackwardKernel {
         repair_scores(p, b, h, i, key, n, w);
       }
       if (alibi.active) alibi.add(i, key, n, zeros, w);
-      if (p.mask_kind != MaskKind::kNone) add_mask_row(p, b, h, i, key, n, w);
+      if (p.mask_kind != MaskKind::kNone) add_mask_row(p, b, h, i, key, n, zeros, w);
       const bool drops = p.dropout_p > 0.0;
       if (drops) load_dropout_row(p, k.dropout_, b, h, i, key, n, buffer.row);
       const Vec<T> delta = splat(k.delta_[row]);
@@ -592,7 +592,7 @@ class BackwardKernel {
       }
       // Without a mask -inf is a score that overflowed: a NaN has the task repeated with care.
       if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
-        w[0] = infinity<T>() - infinity<T>();
+        w[0] = x[0] = infinity<T>() - infinity<T>();
       }
       if (k.slope_sums_ != nullptr) slope_sum(b, h) -= alibi.sum_distances(i, key, n, x);
       return total;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/rows.h"
 
 // The mask tensor: what it adds to a row of scores, and a quick look whether it allows any pair, so
@@ -16,28 +17,35 @@ inline std::int64_t mask_offset(const AttentionProblem& p, std::int64_t b, std::
          key * p.mask.stride[3];
 }
 
-// score + bias in units of log2; finite where both are, -inf where the bias is.
+// The score, or NaN if it is not finite.
 template <typename T>
-TSA_INLINE Vec<T> add_bias(Vec<T> score, Vec<T> bias) {
-  const Vec<T> sum = fma(bias, splat(Math<T>::log2e), score);
-  const Vec<T> limited =
-      at_least(splat(-Math<T>::max_score), at_most(splat(Math<T>::max_score), sum));
+TSA_INLINE Vec<T> finite_or_nan(Vec<T> score) {
+  return fma(score, Vec<T>{}, score);
+}
+
+// score + bias in units of log2, at most `limit`; -inf where the bias is and nowhere else, NaN
+// where the score is not finite.
+template <typename T>
+TSA_INLINE Vec<T> add_bias(Vec<T> score, Vec<T> bias, T limit) {
+  const Vec<T> sum = fma(bias, splat(Math<T>::log2e), finite_or_nan<T>(score));
+  const Vec<T> limited = at_least(splat(-Math<T>::max_score), at_most(splat(limit), sum));
   return bias == splat(-infinity<T>()) ? bias : limited;
 }
 
-// The score, at least the smallest one, where a byte of the boolean mask is not 0, else -inf.
+// The score, or NaN if it is not finite, where a byte of the boolean mask is not 0, else -inf.
 template <typename T>
 TSA_INLINE Vec<T> keep_allowed(Vec<T> score, const std::uint8_t* mask) {
-  return nonzero_bytes<T>(mask) ? at_least(splat(-Math<T>::max_score), score)
-                                : splat(-infinity<T>());
+  return nonzero_bytes<T>(mask) ? finite_or_nan<T>(score) : splat(-infinity<T>());
 }
 
 // scores[n] of the keys from `key` of row (b, h, i) += mask, in units of log2: -inf where a pair is
-// not allowed. A finite bias never becomes -inf, which means "not allowed".
+// not allowed and nowhere else; a finite bias, be it the smallest number, hides nothing. Without
+// Zeros::kSkip, the careful pass, what overflowed shows as NaN or inf, and has that pass run.
 template <typename T>
 inline void add_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t i,
-                         std::int64_t key, std::int64_t n, T* scores) {
+                         std::int64_t key, std::int64_t n, Zeros zeros, T* scores) {
   constexpr int lanes = kLanes<T>;
+  constexpr T largest = Math<T>::max_score;
   const std::int64_t stride = p.mask.stride[3];
   const std::int64_t offset = mask_offset(p, b, h, i, key);
   const std::int64_t whole = stride == 1 ? n / lanes * lanes : 0;
@@ -47,22 +55,22 @@ inline void add_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t
       store(scores + j, keep_allowed<T>(load(scores + j), from + j));
     }
     for (std::int64_t j = whole; j < n; ++j) {
-      const T lowest = from[j * stride] != 0 ? -Math<T>::max_score : -infinity<T>();
-      if (from[j * stride] == 0 || scores[j] < lowest) scores[j] = lowest;
+      scores[j] = from[j * stride] != 0 ? scores[j] + T(0) * scores[j] : -infinity<T>();
     }
     return;
   }
+  const T limit = zeros == Zeros::kSkip ? largest : infinity<T>();
   with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
     const auto* const from =
         static_cast<const typename Storage<dtype>::type*>(p.mask.data) + offset;
     for (std::int64_t j = 0; j < whole; j += lanes) {
-      store(scores + j, add_bias<T>(load(scores + j), load_widened<T, dtype>(from + j)));
+      store(scores + j, add_bias<T>(load(scores + j), load_widened<T, dtype>(from + j), limit));
     }
     for (std::int64_t j = whole; j < n; j += lanes) {
       const std::int64_t left = smaller<std::int64_t>(lanes, n - j);
       T bias[lanes] = {};
       load_elements<T, dtype>(p.mask.data, offset + j * stride, stride, left, bias);
-      store_up_to(scores + j, add_bias<T>(load_up_to(scores + j, left), load(bias)), left);
+      store_up_to(scores + j, add_bias<T>(load_up_to(scores + j, left), load(bias), limit), left);
     }
   });
 }

@@ -154,8 +154,8 @@ struct Alibi {
     }
   }
 
-  // Scores in units of log2 of those keys. With Zeros::kSkip, the careful pass, they stay finite as
-  // in add_bias; without, what overflows shows, and has that pass run.
+  // Scores in units of log2 of those keys. With Zeros::kSkip, the careful pass, they stay finite;
+  // without, what overflows shows, and has that pass run.
   void add(std::int64_t i, std::int64_t key, std::int64_t n, Zeros zeros, T* scores) const {
     constexpr T largest = Math<T>::max_score;
     const T limit = zeros == Zeros::kSkip ? largest : infinity<T>();

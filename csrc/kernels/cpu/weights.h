@@ -225,7 +225,7 @@ class WeightsKernel {
         alibi.add(query_index(k.call_, b, i0 + r), begin, n, Zeros::kSkip, s);
       }
       const bool masked = p.mask_kind != MaskKind::kNone;
-      if (masked) add_mask_row(p, b, h, i0 + r, begin, n, s);
+      if (masked) add_mask_row(p, b, h, i0 + r, begin, n, Zeros::kSkip, s);
       const T maximum = row_maximum(s, n);
       // Where every key is masked out: 2^(-inf - 0) is the 0 that is wanted.
       const T total = exponentials(s, n, maximum == -infinity<T>() ? T(0) : maximum);
@@ -234,7 +234,7 @@ class WeightsKernel {
       for (; j + kLanes<T> <= n; j += kLanes<T>) store(s + j, load(s + j) * factor);
       for (; j < n; ++j) s[j] *= factor[0];
       if (masked && !is_finite(total)) {  // NaN, but not at keys that are masked out
-        add_mask_row(p, b, h, i0 + r, begin, n, s);
+        add_mask_row(p, b, h, i0 + r, begin, n, Zeros::kSkip, s);
         for (j = 0; j < n; ++j) {
           if (s[j] == -infinity<T>()) s[j] = T(0);
         }

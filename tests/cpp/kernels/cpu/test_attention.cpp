@@ -484,17 +484,24 @@ TEST_CASE("scores that overflow give no NaN") {
       for (const double x : got.grad_slopes) CHECK_FALSE(std::isnan(x));
     });
   }
-  SECTION("sums that overflow both ways") {
+  SECTION("sums that overflow on the way to a small number") {
+    const auto mask = GENERATE(MaskKind::kNone, MaskKind::kBool, MaskKind::kFloat);
+    const double large = GENERATE(1e40, 3e38);  // the sum is NaN, or inf and stays it
     Case c;
+    c.mask = mask;
     c.name = "cancelling";
     c.dtype = dtype;
-    c.query_length = 4, c.key_length = 6, c.head_dim = 4;
+    c.query_length = 4, c.key_length = 21, c.head_dim = 4;
     Instance instance(c);
-    instance.query.fill([](auto...) { return 1e20; });
-    instance.key.fill([](auto, auto, auto, auto d) { return d % 2 == 0 ? 1e20 : -1e20; });
+    instance.query.fill([&](auto...) { return large > 1e39 ? 1e20 : 1.0; });
+    instance.key.fill([&](auto, auto, auto l, auto d) {
+      if (large > 1e39) return d % 2 == 0 ? 1e20 : -1e20;
+      return (d < 2) == (l % 3 == 0) ? large : -large;
+    });
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       const Results got = instance.run(candidate, threads(1));
       CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
       CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
     });
   }
