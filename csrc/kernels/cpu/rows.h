@@ -184,10 +184,11 @@ TSA_INLINE void with_widened(DType dtype, Body&& body) {
   }
 }
 
-// to[d] = data[offset + d * stride], widened.
+// to[d] = data[offset + d * stride], widened. Out of line, as what follows from it: four dtypes by
+// two loops, inlined into every unrolled step that may need one, take minutes to compile.
 template <typename T>
-inline void load_row(DType dtype, const void* data, std::int64_t offset, std::int64_t stride,
-                     std::int64_t n, T* to) {
+[[gnu::noinline]] void load_row(DType dtype, const void* data, std::int64_t offset,
+                                std::int64_t stride, std::int64_t n, T* to) {
   switch (dtype) {
     case DType::kFloat64: load_elements<T, DType::kFloat64>(data, offset, stride, n, to); break;
     case DType::kFloat32: load_elements<T, DType::kFloat32>(data, offset, stride, n, to); break;
@@ -202,8 +203,8 @@ inline T load_element(DType dtype, const void* data, std::int64_t index) {
   return element;
 }
 template <typename T>
-inline void store_row(DType dtype, void* data, std::int64_t offset, std::int64_t stride,
-                      std::int64_t n, const T* from) {
+[[gnu::noinline]] void store_row(DType dtype, void* data, std::int64_t offset, std::int64_t stride,
+                                 std::int64_t n, const T* from) {
   switch (dtype) {
     case DType::kFloat64: store_elements<T, DType::kFloat64>(data, offset, stride, n, from); break;
     case DType::kFloat32: store_elements<T, DType::kFloat32>(data, offset, stride, n, from); break;
@@ -261,6 +262,15 @@ inline std::int64_t padded(std::int64_t width) {
   return round_up(width, kLanes<T>);
 }
 
+template <typename T>
+[[gnu::noinline]] Vec<T> gather_elements_of_row(const Rows& rows, std::int64_t row, std::int64_t d,
+                                                std::int64_t n) {
+  T widened[kLanes<T>] = {};
+  load_row(rows.dtype, rows.data, rows.at(row) + d * rows.element_stride, rows.element_stride, n,
+           widened);
+  return load(widened);
+}
+
 // Elements [d, d + n) of a row, n <= lanes, zeros behind.
 template <typename T>
 TSA_INLINE Vec<T> load_elements_of_row(const Rows& rows, std::int64_t row, std::int64_t d,
@@ -274,10 +284,7 @@ TSA_INLINE Vec<T> load_elements_of_row(const Rows& rows, std::int64_t row, std::
       return rows.dtype == DType::kBFloat16 ? widen_bfloat16s(from) : widen_float16s(from);
     }
   }
-  T widened[kLanes<T>] = {};
-  load_row(rows.dtype, rows.data, rows.at(row) + d * rows.element_stride, rows.element_stride, n,
-           widened);
-  return load(widened);
+  return gather_elements_of_row<T>(rows, row, d, n);
 }
 
 // What is done to a vector of elements d, d + 1, ... on its way into a panel, or of a product on

@@ -111,6 +111,13 @@ TSA_INLINE Vec<T> load_first(const T* from, std::int64_t n) {
   } else {
     return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), from);
   }
+#elif defined(__AVX2__)
+  const auto mask = (__m256i)(lane_numbers<T>() < splat<T>(static_cast<T>(n)));
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_maskload_ps(from, mask);
+  } else {
+    return (Vec<T>)_mm256_maskload_pd(from, mask);
+  }
 #else
   Vec<T> v{};
   for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = lane < n ? from[lane] : T(0);
@@ -124,6 +131,13 @@ TSA_INLINE void store_first(T* to, Vec<T> v, std::int64_t n) {
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
   } else {
     _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << n) - 1u), (__m512d)v);
+  }
+#elif defined(__AVX2__)
+  const auto mask = (__m256i)(lane_numbers<T>() < splat<T>(static_cast<T>(n)));
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(to, mask, (__m256)v);
+  } else {
+    _mm256_maskstore_pd(to, mask, (__m256d)v);
   }
 #else
   for (int lane = 0; lane < kLanes<T>; ++lane) {
