@@ -136,8 +136,18 @@ def beside_python(name: str) -> str:
     return str(path) if path.exists() else shutil.which(name) or name
 
 
+def without_precompiled_header(command: str) -> str:
+    """g++'s header is none of clang's, and a file must be seen to include what it needs."""
+    return re.sub(r"-Winvalid-pch|-include \S+/cmake_pch\.hxx", "", command)
+
+
 def clang_tidy(build: Path, everything: bool) -> bool:
     commands = json.loads((build / "compile_commands.json").read_text())
+    for entry in commands:
+        entry["command"] = without_precompiled_header(entry["command"])
+    build = build / "clang-tidy"
+    build.mkdir(exist_ok=True)
+    (build / "compile_commands.json").write_text(json.dumps(commands))
     sources = [Path(entry["file"]).resolve() for entry in commands]
     names = [str(path.relative_to(ROOT)) for path in sources if path.is_relative_to(ROOT)]
     names = [n for n in names if n.startswith("csrc/") and n.endswith(".cpp")]

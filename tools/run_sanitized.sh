@@ -18,7 +18,8 @@ with_python=ON
 cmake -GNinja -S . -B "$build" -DPython_EXECUTABLE="$python" -DTORCH_SELFATTN_CUDA=OFF \
   -DCMAKE_INSTALL_PREFIX="$root/$build/python/torch_selfattn" -DCMAKE_INSTALL_MESSAGE=NEVER \
   -DTORCH_SELFATTN_PYTHON=$with_python -DTORCH_SELFATTN_TESTS=ON \
-  -DTORCH_SELFATTN_SANITIZE="$sanitizers" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DTORCH_SELFATTN_SANITIZE="$sanitizers" -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
+  -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" --log-level=WARNING
 
 export UBSAN_OPTIONS=print_stacktrace=1
