@@ -8,6 +8,7 @@
 #include "kernels/common/philox.h"
 #include "ops/attention_kernel.h"
 #include "ops/checks.h"
+#include "ops/cpu/huge_pages.h"
 #include "ops/cpu/parallel.h"
 #include "ops/explain.h"
 #include "ops/implementation_choice.h"
@@ -43,6 +44,7 @@ ForwardResults attention_forward_cpu(const AttentionTensors& tensors,
 void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
                   const AttentionOptions<int64_t>& options, const BackwardResults& results) {
   check_key_bounds(tensors);
+  prefer_huge_pages(results.grad_attn_mask);
   PreparedProblem prepared = prepare_problem(tensors, options);
   if (options.dropout_p > 0) {
     prepared.problem.philox_state = inputs.philox_state.const_data_ptr<int64_t>();
