@@ -91,8 +91,9 @@ format: $(ENVIRONMENT) ## rewrite all sources in the project's format
 	@clang-format -i $(CPP_FILES)
 
 .PHONY: docs
-docs: build ## check the links of the documentation and run its examples
+docs: build ## the API reference in build/api; checks links and runs the examples of all documents
 	@$(PY) tools/check_docs.py
+	@$(RUN) -m sphinx -W --keep-going -q -b html $(ROOT)/docs/api $(ROOT)/build/api
 	@$(RUN) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(ROOT)/tests/python/test_docs.py
 
 .PHONY: clean

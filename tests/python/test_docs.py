@@ -155,3 +155,19 @@ def test_explain_as_documented_on_other_machines():
     forced = {name: "runs (forced)" if name == "avx512" else not_forced for name in said}
     want = no_avx512 | {"avx2": not_forced, "generic": not_forced}
     assert on_this_machine(forced, no_avx512) == want
+
+
+def test_api_reference_has_every_public_name(tmp_path):
+    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    run = subprocess.run(
+        [*sphinx, "-d", tmp_path / "cache", ROOT / "docs/api", tmp_path / "html"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    pages = "".join(page.read_text() for page in (tmp_path / "html").glob("*.html"))
+    for module in (torch_selfattn, torch_selfattn.functional, torch_selfattn.nn):
+        for name in module.__all__:
+            object_ = getattr(module, name)
+            home = getattr(object_, "__module__", None)
+            full = {f"{place}.{name}" for place in (home, module.__name__)}
+            assert any(f'id="{n}"' in pages or f'id="module-{n}"' in pages for n in full), name
