@@ -52,7 +52,7 @@ RECIPES = {
     "default": (Config(), Recipe()),
     "full": (
         Config(width=192, feedforward=768, encoder_layers=3, dropout=0.1),
-        Recipe(epochs=20, learning_rate=1.5e-3),
+        Recipe(epochs=13, learning_rate=1.5e-3),
     ),
 }
 
