@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._ring_arguments import Description, agree, check_bounds, describe, order_of_name
 
@@ -198,8 +197,11 @@ class _RingAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError(
+                "ring_attention: it can be differentiated once only (got create_graph=True)"
+            )
         (query, key, value, weight, alibi_slopes, key_lengths, key_starts, output, lse) = (
             ctx.saved_tensors
         )
