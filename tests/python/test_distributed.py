@@ -158,6 +158,12 @@ def check_what_is_gathered(sharded):
     dims = {"query": 1, "key": None, "value": None}
     sharded.check(lambda **t: ts.dot_product_attention(**t), t, dims, None, True)
 
+    # The same shapes and placements, another argument: the lengths have to follow the batch.
+    for name in ("key_lengths", "key_starts"):
+        t = heads(**{name: torch.tensor([3, 1, 5, 2])})
+        dims = dict.fromkeys(t, 0) | {name: None}
+        sharded.check(lambda **t: ts.dot_product_attention(enable_gqa=True, **t), t, dims, 0, True)
+
     # lse and its gradient, both results in one loss
     def both(**t):
         output, lse = ts.dot_product_attention_with_lse(enable_gqa=True, **t)

@@ -53,10 +53,16 @@ def run_in_processes(file):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(Path(torch_selfattn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
-    run = subprocess.run(
-        [*launch, file], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    process = subprocess.Popen(
+        [*launch, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which ends the two as well
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
 
 
 def build_and_run(path, folder):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-LIMIT = 300  # seconds for all of it; a process that waits for the other in vain gives up before
+LIMIT = 600  # seconds for all of it; a process that waits for the other in vain gives up before
 PROCESSES = 2
 
 
