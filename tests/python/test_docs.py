@@ -42,7 +42,27 @@ def run_python(path, folder, monkeypatch):
         sources = source.splitlines()
         lines[line - 1 : line - 1 + len(sources)] = sources
     file.write_text("\n".join(lines) + "\n")
+    if "torchrun --nproc-per-node=2" in path.read_text():
+        run_in_processes(file)
+        return
     exec(compile(file.read_text(), str(file), "exec"), {"__name__": "example"})
+
+
+def run_in_processes(file):
+    """A script for two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    folders = [str(Path(torch_selfattn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
+    process = subprocess.Popen(
+        [*launch, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which ends the two as well
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
 
 
 def build_and_run(path, folder):
