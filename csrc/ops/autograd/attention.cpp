@@ -1,5 +1,5 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -51,8 +51,7 @@ class Attention : public Function<Attention> {
     const variable_list saved = ctx->get_saved_variables();
     const SavedTensors problem(saved);
     const Tensor& output = saved[kTensors];
-    const Tensor grad_output =
-        grads[0].defined() ? grads[0] : at::zeros_symint(output.sym_sizes(), output.options());
+    const Tensor grad_output = grads[0].defined() ? grads[0] : at::zeros_like(output);
     const OptionalTensor grad_lse = or_nothing(grads[1]);
     const bool mask_grad = wants_gradient(ctx, "mask_edge");
     const bool slopes_grad = wants_gradient(ctx, "slopes_edge");

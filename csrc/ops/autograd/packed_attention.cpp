@@ -2,7 +2,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -69,8 +69,7 @@ class PackedAttention : public Function<PackedAttention> {
     std::array<OptionalTensor, 8> optional;  // saved[0], the packed tensor, is none
     for (size_t i = 1; i < optional.size(); ++i) optional[i] = or_nothing(saved[i]);
     const Tensor& output = saved[8];
-    const Tensor grad_output =
-        grads[0].defined() ? grads[0] : at::zeros_symint(output.sym_sizes(), output.options());
+    const Tensor grad_output = grads[0].defined() ? grads[0] : at::zeros_like(output);
     const OptionalTensor grad_lse = or_nothing(grads[1]);
     const bool mask_grad = wants_gradient(ctx, "mask_edge");
     const bool slopes_grad = wants_gradient(ctx, "slopes_edge");
