@@ -96,6 +96,12 @@ docs: build ## the API reference in build/api; checks links and runs the example
 	@$(RUN) -m sphinx -W --keep-going -q -b html $(ROOT)/docs/api $(ROOT)/build/api
 	@$(RUN) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(ROOT)/tests/python/test_docs.py
 
+.PHONY: ways
+ways: build ## the README's table of operators and ways in, from the tests that show it
+	@cd $(BUILD) && PYTHONPATH=$(PYTHONPATH_DIR) $(PY) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) \
+	  -q -n $(JOBS) -m way --ways ways.json $(ROOT)/tests/python
+	@$(PY) tools/ways_table.py $(BUILD)/ways.json --update README.md
+
 .PHONY: clean
 clean: ## remove what was built; the environments stay
 	rm -rf build dist *.egg-info torch_selfattn/{lib,include,share} torch_selfattn/_C*.so

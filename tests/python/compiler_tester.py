@@ -47,6 +47,7 @@ class CompilerTester(OperatorTester):
         """Arguments with few elements, float64; all seeds have the same shapes."""
         raise NotImplementedError
 
+    @pytest.mark.way("compile")
     def test_compile(self):
         """One graph, forward and backward, for three batch sizes and lengths."""
         torch._dynamo.reset()
@@ -63,6 +64,7 @@ class CompilerTester(OperatorTester):
         assert graphs["unique_graphs"] == 1
         torch._dynamo.reset()
 
+    @pytest.mark.way("export")
     def test_export(self):
         """The public operator stays in the graph, with the batch and the lengths dynamic; after
         decomposition the forward operator does."""
@@ -89,6 +91,7 @@ class CompilerTester(OperatorTester):
 
     exported_inner_ops = ("_attention_forward",)
 
+    @pytest.mark.way("script")
     def test_torchscript_save_and_load(self):
         """A scripted function, saved and loaded, gives the same outputs and gradients."""
         buffer = io.BytesIO()
@@ -108,6 +111,7 @@ class CompilerTester(OperatorTester):
 
     # ---- Autocast ----
 
+    @pytest.mark.way("autocast")
     @pytest.mark.parametrize("dtype16", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
     def test_autocast(self, dtype16):
         """As if the inputs had been cast; the gradients have the dtype of what was given."""
@@ -142,6 +146,7 @@ class CompilerTester(OperatorTester):
             lambda *xs: torch.stack(xs) if is_float(xs[0]) else xs[0], samples[0], *samples[1:]
         )
 
+    @pytest.mark.way("vmap")
     def test_vmap(self):
         """Outputs and gradients are those of the samples one by one; nested as well."""
         samples = [self.small(seed) for seed in range(6)]
@@ -184,6 +189,7 @@ class CompilerTester(OperatorTester):
                 for a, b in zip(got, of(batch[..., sample]), strict=True):
                     torch.testing.assert_close(a[sample], b, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.way("torch.func")
     @pytest.mark.parametrize(
         "transform",
         ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap(grad)", "vmap(jacrev)"],

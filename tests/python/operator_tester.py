@@ -287,6 +287,7 @@ class OperatorTester(ABC):
             return [(device, "") for device in devices]
         return [(device, name) for device in devices for name in implementations(device)]
 
+    @pytest.mark.way("Python")
     def test_forward_and_backward(self, problem, dtype, device, implementation):
         """Outputs and all gradients against the float64 reference, by each implementation."""
         arguments = self.arguments(problem, dtype, device)
@@ -353,6 +354,7 @@ class OperatorTester(ABC):
 
     test_gradcheck.problems = gradient_problems
 
+    @pytest.mark.way("double backward")
     def test_gradgradcheck(self, problem):
         f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
         # With requires_grad on the gradients it also checks the derivative by them.
@@ -366,6 +368,7 @@ class OperatorTester(ABC):
     def fewest_problems(self) -> list[Problem]:
         return [p for p in self.problems if p.name in self.fewest]
 
+    @pytest.mark.way("script")
     def test_gradcheck_scripted(self, problem):
         call = self.scripted_call()
         f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"), call)
@@ -380,6 +383,7 @@ class OperatorTester(ABC):
 
     test_gradgradcheck_every_element.problems = fewest_problems
 
+    @pytest.mark.way("forward AD")
     def test_forward_mode(self, problem):
         """Forward-mode AD, and forward over reverse, against finite differences."""
         f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))

@@ -114,6 +114,7 @@ class WeightsTester(CompilerTester):
             for batch, queries, keys in ((5, 9, 10), (7, 13, 17), (8, 21, 31))
         ]
 
+    @pytest.mark.way("autocast")
     def test_autocast(self):
         """The weights are to be looked at: they keep the dtype of the query, and are no worse than
         if the inputs had been rounded."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import ways
 
 import torch_selfattn
 
@@ -175,6 +176,28 @@ def test_explain_as_documented_on_other_machines():
     forced = {name: "runs (forced)" if name == "avx512" else not_forced for name in said}
     want = no_avx512 | {"avx2": not_forced, "generic": not_forced}
     assert on_this_machine(forced, no_avx512) == want
+
+
+def test_table_of_ways_is_of_these_tests(request):
+    """The README's table (tools/ways_table.py) has an entry exactly where a test is marked."""
+    _, _, table = (ROOT / "README.md").read_text().partition("<!-- ways -->\n")
+    head, _, *rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in table.partition("<!-- end ways -->")[0].splitlines()
+    ]
+    assert head[1:] == ways.WAYS and [row[0] for row in rows] == ways.OPERATORS
+    shown = {(row[0], way) for row in rows for way, n in zip(head[1:], row[1:], strict=True) if n}
+    items = request.session.items
+    marked = {pair for item in items for pair in ways.shown_by(item)}
+    assert marked <= shown
+    options = request.config.option
+    files = {item.path for item in items}
+    if (
+        not options.keyword
+        and not options.markexpr
+        and set(ROOT.glob("tests/python/test_*.py")) == files
+    ):
+        assert shown <= marked
 
 
 def test_api_reference_has_every_public_name(tmp_path):

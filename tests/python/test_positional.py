@@ -9,6 +9,7 @@ import math
 import mpmath
 import pytest
 import torch
+import ways
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -404,6 +405,7 @@ def gradient_cases(device):
 GRADIENT_CASES = list(gradient_cases("cpu"))
 
 
+@pytest.mark.way("double backward", operators=ways.ENCODINGS)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients(case, device):
     f, inputs = gradient_cases(device)[case]
@@ -411,6 +413,7 @@ def test_gradients(case, device):
     assert gradgradcheck(f, inputs, check_batched_grad=True)
 
 
+@pytest.mark.way("forward AD", operators=ways.ENCODINGS)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_forward_mode(case, device):
     f, inputs = gradient_cases(device)[case]
@@ -534,10 +537,12 @@ def assert_same(f, inputs):
     )
 
 
+@pytest.mark.way("Python", operators=ways.POSITIONAL)
 def test_eager(device):
     assert_same(everything, everything_inputs(5, device=device))
 
 
+@pytest.mark.way("script", operators=ways.POSITIONAL)
 def test_torchscript(device):
     scripted = torch.jit.script(everything)
     inputs = everything_inputs(5, device=device)
@@ -551,6 +556,7 @@ def test_torchscript(device):
         assert_same(loaded, everything_inputs(length, device=device))
 
 
+@pytest.mark.way("compile", operators=ways.POSITIONAL)
 def test_compile_does_not_recompile_for_another_length(device):
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -562,6 +568,7 @@ def test_compile_does_not_recompile_for_another_length(device):
         torch._dynamo.config.error_on_recompile = False
 
 
+@pytest.mark.way("export", operators=ways.POSITIONAL)
 def test_export_with_a_dynamic_length(device):
     class Model(torch.nn.Module):
         def forward(self, x, table, positions, interleaved):
@@ -589,6 +596,7 @@ def test_export_with_a_dynamic_length(device):
     assert OPS._sinusoidal_encoding_forward.default in inner
 
 
+@pytest.mark.way("autocast", operators=ways.POSITIONAL)
 def test_autocast_keeps_dtypes(device):
     table = randn(9, 6, device=device, dtype=torch.float32, requires_grad=True)
     cos, sin = rotary_tables(5, 6, device=device)
@@ -629,6 +637,7 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.way("vmap", operators=ways.ENCODINGS)
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @pytest.mark.parametrize("case", VMAP_CASES)
 def test_vmap(case, rank, device):
@@ -683,6 +692,7 @@ def test_nested_vmap_of_tables(device):
     torch.testing.assert_close(y[1], sinusoidal_encoding(5, 6, device=device))
 
 
+@pytest.mark.way("torch.func", operators=ways.POSITIONAL)
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "vmap_grad"])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_torch_func(transform, interleaved, device):
