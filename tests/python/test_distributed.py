@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import ways
 from torch import nn
 from two_processes import run_in_two_processes
 
@@ -170,8 +171,12 @@ def check_what_is_gathered(sharded):
         assert not isinstance(lse, DTensor) or lse.placements == output.placements
         return output + lse.unsqueeze(-1)
 
+    def lse_alone(**t):
+        return ts.dot_product_attention_with_lse(enable_gqa=True, **t)[1]
+
     t = heads()
     sharded.check(both, t, dict.fromkeys(t, 1), 1)
+    sharded.check(lse_alone, t, dict.fromkeys(t, 1), 1)
 
 
 def check_packed(sharded):
@@ -277,6 +282,7 @@ def sharding_rules(rank):
     check_dropout(sharded)
 
 
+@pytest.mark.way("DTensor", operators=ways.ATTENTION + ways.ENCODINGS)
 def test_sharding_rules(tmp_path):
     run_in_two_processes(sharding_rules, tmp_path)
 
