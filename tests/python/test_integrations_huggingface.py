@@ -94,10 +94,10 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def assert_same(a, b, tolerance: float, name: str = "output") -> None:
+def assert_same(a, b, tolerance: float, name: str = "output", noise: float = 0.0) -> None:
     """Relative to the largest element."""
     error, size = (a - b).abs().max().item(), b.abs().max().item()
-    assert error <= tolerance * size, f"{name}: {error:.2g} of {size:.2g}"
+    assert error <= tolerance * size + noise, f"{name}: {error:.2g} of {size:.2g}"
 
 
 def compare(ours, eager, counts: torch.Tensor | None, output: str, layers: int, **inputs) -> None:
@@ -112,11 +112,13 @@ def compare(ours, eager, counts: torch.Tensor | None, output: str, layers: int, 
     weight = torch.randn_like(b)
     (a * weight).sum().backward()
     (b * weight).sum().backward()
+    # The gradient of a key's bias is 0 but for rounding.
+    noise = 1e-6 * max(p.grad.abs().max().item() for p in eager.parameters() if p.grad is not None)
     for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
         if q.grad is None:
             assert p.grad is None, name
             continue
-        assert_same(p.grad, q.grad, 1e-4, name)
+        assert_same(p.grad, q.grad, 1e-4, name, noise)
 
 
 def tokens(length: int = L) -> torch.Tensor:
@@ -161,8 +163,11 @@ def test_cached_decoding(name: str, cache: str) -> None:
     assert_same(torch.stack(a.logits), torch.stack(b.logits), 1e-5)
     # And without a cache: every token with all before it.
     mask = torch.nn.functional.pad(kwargs["attention_mask"], (0, 6), value=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        full = ours(a.sequences, attention_mask=mask, use_cache=False).logits
+        full = ours(
+            a.sequences, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
     assert_same(torch.stack(a.logits, 1), full[:, L - 1 : -1], 1e-5)
 
 
@@ -174,7 +179,7 @@ def test_a_prompt_in_two_pieces() -> None:
         expected = eager(prompt).logits
         for model in (ours, eager):
             first = model(prompt[:, :5], use_cache=True)
-            second = model(prompt[:, 5:], past_key_values=first.past_key_values)
+            second = model(prompt[:, 5:], cache=first.past_key_values)
             logits = torch.cat([first.logits, second.logits], 1)
             assert_same(logits, expected, 1e-5)
 

@@ -623,8 +623,9 @@ def test_call_errors_contain_those_of_pytorch(name: str) -> None:
     text = str(error.value)
     assert str(expected.value) in text
     assert text.startswith("MultiHeadAttention: ") and text.endswith(")") and "(got " in text
-    with pytest.raises(Exception, match="MultiHeadAttention: "):
-        torch.jit.script(ours)(*x, **kwargs)
+    if name in ("key of 2", "mask of heads", "padding, length"):  # scripting takes long
+        with pytest.raises(Exception, match="MultiHeadAttention: "):
+            torch.jit.script(ours)(*x, **kwargs)
 
 
 def test_call_errors_batch_first() -> None:
