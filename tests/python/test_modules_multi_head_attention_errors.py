@@ -1,4 +1,4 @@
-"""MultiHeadAttention: what it says of arguments that do not fit, with PyTorch's sentences inside."""
+"""MultiHeadAttention: errors about arguments that do not fit, with PyTorch's sentences inside."""
 
 import pytest
 import torch
