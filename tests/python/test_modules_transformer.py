@@ -388,7 +388,7 @@ def test_gradcheck() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="activation must be one of relu, gelu, silu"):
+    with pytest.raises(ValueError, match="activation should be relu/gelu, not tanhh; "):
         nn.TransformerEncoderLayer(D, H, activation="tanhh")
     with pytest.raises(ValueError, match="num_heads must be divisible by num_kv_heads"):
         nn.TransformerDecoderLayer(D, H, num_kv_heads=3)

@@ -38,7 +38,7 @@ unless ``batch_first=True``; in boolean masks True = do NOT attend), and more af
          tgt_lengths=None, memory_lengths=None) -> output
         .forward_with_weights(same arguments) -> (output, weights of the attention to the memory,
                                                   (B, cross_nhead, Lt, Lm))
-    TransformerEncoder(layer, num_layers, norm=None)
+    TransformerEncoder(layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True)
     TransformerDecoder(layer, num_layers, norm=None)
 
 Decoding step by step, the same numbers as the causal ``forward`` gives, all of it scriptable::

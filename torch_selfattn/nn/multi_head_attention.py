@@ -12,66 +12,12 @@ from ..functional import (
     dot_product_attention,
     multi_head_attention,
 )
+from ._masks import check_inputs, merge_masks, window_mask
+from ._nested import NestedInputs
 from .attention import check_dropout, check_score, init_score_weight
 from .positional import AlibiSlopes, RotaryEmbedding
 
 __all__ = ["MultiHeadAttention"]
-
-
-def merge_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int
-) -> Tensor | None:
-    """The two masks of ``nn.MultiheadAttention`` (True = ignore) as one of the operators'
-    (True = attend), broadcastable to (B, H, Lq, Lk)."""
-    mask: Tensor | None = None
-    if attn_mask is not None:
-        mask = attn_mask
-        if attn_mask.dim() == 3:  # (B * H, Lq, Lk)
-            mask = attn_mask.view(batch, -1, attn_mask.size(1), attn_mask.size(2))
-    if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]  # (B, 1, 1, Lk)
-        if mask is None:
-            mask = padding
-        elif mask.dtype == torch.bool:
-            if padding.dtype == torch.bool:
-                mask = mask | padding
-            else:
-                mask = padding.masked_fill(mask, -math.inf)
-        elif padding.dtype == torch.bool:
-            mask = mask.masked_fill(padding, -math.inf)
-        else:
-            mask = mask + padding
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.logical_not()
-    return mask
-
-
-def window_mask(
-    query_length: int,
-    key_length: int,
-    device: torch.device,
-    key_lengths: Tensor | None,
-    key_starts: Tensor | None,
-    window_left: int,
-    window_right: int,
-    query_offset: int,
-    query_offsets: Tensor | None,
-) -> Tensor:
-    """Lengths and window as a boolean mask (1 or B, 1, Lq, Lk), True = attend."""
-    j = torch.arange(key_length, device=device)
-    position = torch.arange(query_length, device=device)[None, None, :, None] + query_offset
-    if query_offsets is not None:
-        position = position + query_offsets[:, None, None, None]
-    allowed = torch.ones([1, 1, query_length, key_length], dtype=torch.bool, device=device)
-    if window_left >= 0:
-        allowed = allowed & (j >= position - window_left)
-    if window_right >= 0:
-        allowed = allowed & (j <= position + window_right)
-    if key_lengths is not None:
-        allowed = allowed & (j < key_lengths[:, None, None, None])
-    if key_starts is not None:
-        allowed = allowed & (j >= key_starts[:, None, None, None])
-    return allowed
 
 
 class MultiHeadAttention(nn.Module):
@@ -134,6 +80,9 @@ class MultiHeadAttention(nn.Module):
     bias_v: Tensor | None
     score_weight: Tensor | None
 
+    # Read by torch.nn.TransformerEncoderLayer: no, its fused path may not do without this module.
+    _qkv_same_embed_dim = False
+
     def __init__(
         self,
         embed_dim: int,
@@ -161,7 +110,8 @@ class MultiHeadAttention(nn.Module):
         check_dropout(name, dropout)
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
-                f"{name}: embed_dim and num_heads must be greater than 0 "
+                f"{name}: embed_dim and num_heads must be greater than 0, "
+                f"got embed_dim={embed_dim} and num_heads={num_heads} instead "
                 f"(got embed_dim={embed_dim}, num_heads={num_heads})"
             )
         if embed_dim % num_heads != 0:
@@ -449,37 +399,27 @@ class MultiHeadAttention(nn.Module):
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _check_inputs(
+    def _forward_nested(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-    ) -> None:
-        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
-            raise RuntimeError(
-                "MultiHeadAttention: query, key and value must all have 3 dimensions, or 2 without "
-                f"a batch (got query={query.shape}, key={key.shape}, value={value.shape})"
-            )
-        if key_padding_mask is not None and key_padding_mask.dim() != query.dim() - 1:
-            raise RuntimeError(
-                "MultiHeadAttention: key_padding_mask must be (B, Lk), or (Lk) without a batch "
-                f"(got key_padding_mask={key_padding_mask.shape}, query={query.shape})"
-            )
-        if attn_mask is not None and attn_mask.dim() not in (2, 3):
-            raise RuntimeError(
-                "MultiHeadAttention: attn_mask must be (Lq, Lk) or (B * num_heads, Lq, Lk) "
-                f"(got attn_mask={attn_mask.shape})"
-            )
-        if attn_mask is not None and attn_mask.dim() == 3:
-            batch = 1 if query.dim() == 2 else query.size(0 if self.batch_first else 1)
-            if attn_mask.size(0) != batch * self.num_heads:
-                raise RuntimeError(
-                    "MultiHeadAttention: attn_mask of 3 dimensions must be "
-                    f"(B * num_heads, Lq, Lk) (got attn_mask={attn_mask.shape}, B={batch}, "
-                    f"num_heads={self.num_heads})"
-                )
+        inputs: NestedInputs,
+        need_weights: bool,
+        average_attn_weights: bool,
+        is_causal: bool,
+        query_offset: int,
+        query_offsets: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs.check_same_lengths("key", "value")
+        query = inputs.padded("query")
+        out, weights = self.forward(  # and not self(...), which would run the hooks twice
+            query, inputs.padded("key"), inputs.padded("value"), None, need_weights, None,
+            average_attn_weights, is_causal, inputs.lengths("key"), None, query_offset,
+            query_offsets,
+        )  # fmt: skip
+        if weights is not None:  # padded, as PyTorch's
+            rows = torch.arange(query.size(1), device=query.device)[:, None]
+            lengths = inputs.lengths("query").view([-1] + [1] * (weights.dim() - 1))
+            weights = weights.masked_fill(rows >= lengths, 0.0)
+        return inputs.nest(out, "query"), weights
 
     def forward(
         self,
@@ -501,7 +441,9 @@ class MultiHeadAttention(nn.Module):
         Args:
             query: (Lq, B, embed_dim), or (B, Lq, embed_dim) with batch_first, or (Lq, embed_dim).
             key: (Lk, B, kdim), or as query.
-            value: (Lk, B, vdim), or as query.
+            value: (Lk, B, vdim), or as query. With batch_first all three may be nested tensors
+                (B, L*, D), strided or jagged, without masks and lengths; the output is then nested
+                as query is, and the weights are padded with zeros.
             key_padding_mask: (B, Lk) or (Lk): boolean, True = ignore this key, or floating, added
                 to the score.
             need_weights: also return the attention weights: B * Lq * Lk elements averaged, and no
@@ -521,7 +463,23 @@ class MultiHeadAttention(nn.Module):
             (B, num_heads, Lq, Lk') (both without B for unbatched inputs), or None. Lk' counts the
             appended keys.
         """
-        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if query.is_nested or key.is_nested or value.is_nested:
+                inputs = NestedInputs(
+                    "MultiHeadAttention", self.batch_first, query=query, key=key, value=value
+                )
+                inputs.refuse(
+                    key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                    key_lengths=key_lengths, key_starts=key_starts,
+                )  # fmt: skip
+                return self._forward_nested(
+                    inputs, need_weights, average_attn_weights, is_causal, query_offset,
+                    query_offsets,
+                )  # fmt: skip
+        check_inputs(
+            query, key, value, key_padding_mask, attn_mask, self.embed_dim, self.num_heads,
+            self.in_proj_weight is not None, self.batch_first,
+        )  # fmt: skip
         is_batched = query.dim() == 3
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]

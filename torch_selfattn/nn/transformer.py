@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .multi_head_attention import MultiHeadAttention, merge_masks
+from ._masks import merge_masks
+from ._nested import encode_nested
+from .multi_head_attention import MultiHeadAttention
 from .positional import RotaryEmbedding
 
 __all__ = [
@@ -36,13 +38,14 @@ class KVCache(NamedTuple):
     memory_value: Tensor  # (B, Hk of the cross attention, Lm, E)
 
 
-def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+def as_activation_module(activation: Activation) -> Callable[[Tensor], Tensor]:
     """As a module where there is one: a module can be scripted, and shows in the printed layer."""
     by_name: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
     if isinstance(activation, str):
         if activation not in by_name:
             raise ValueError(
-                f"activation must be one of {', '.join(by_name)} or a callable (got {activation!r})"
+                f"activation should be relu/gelu, not {activation}; also silu or a callable "
+                f"(got {activation!r})"
             )
         return by_name[activation]()
     by_function: dict[Callable[[Tensor], Tensor], type[nn.Module]] = {
@@ -124,7 +127,7 @@ class TransformerEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = _activation(activation)
+        self.activation = as_activation_module(activation)
 
     def reset_parameters(self) -> None:
         """Starts all submodules anew, each as it starts itself."""
@@ -144,7 +147,14 @@ class TransformerEncoderLayer(nn.Module):
         """src (L, B, D), or (B, L, D) with batch_first, or (L, D) -> the same shape.
 
         Masks and ``key_lengths`` (B) as in :meth:`MultiHeadAttention.forward` (True = ignore).
+        With batch_first also a nested tensor (B, L*, D), without masks and lengths.
         """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if src.is_nested:
+                return encode_nested(
+                    self, self.self_attn.batch_first, src, is_causal, src_mask=src_mask,
+                    src_key_padding_mask=src_key_padding_mask, key_lengths=key_lengths,
+                )  # fmt: skip
         x = self.norm1(src) if self.norm_first else src
         attended, _ = self.self_attn(
             x, x, x, src_key_padding_mask, False, src_mask, True, is_causal, key_lengths
@@ -223,7 +233,7 @@ class TransformerDecoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
-        self.activation = _activation(activation)
+        self.activation = as_activation_module(activation)
 
     def reset_parameters(self) -> None:
         """Starts all submodules anew, each as it starts itself."""
@@ -426,12 +436,19 @@ class TransformerEncoder(nn.Module):
 
     State-dict keys: ``layers.<n>.*``, ``norm.*``, as those of ``torch.nn.TransformerEncoder``. The
     layers are copies of the given one, each started anew (PyTorch's start from equal numbers).
+    ``enable_nested_tensor`` and ``mask_check`` of PyTorch's change nothing here.
     """
 
     def __init__(
-        self, encoder_layer: TransformerEncoderLayer, num_layers: int, norm: nn.Module | None = None
+        self,
+        encoder_layer: TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
     ) -> None:
         super().__init__()
+        self.batch_first = encoder_layer.self_attn.batch_first
         self.layers = _copies(encoder_layer, num_layers)
         self.num_layers = num_layers
         self.norm = norm
@@ -441,12 +458,19 @@ class TransformerEncoder(nn.Module):
         src: Tensor,
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         key_lengths: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`TransformerEncoderLayer.forward`."""
+        """As :meth:`TransformerEncoderLayer.forward`; ``is_causal`` None is False."""
+        causal = is_causal is not None and is_causal
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if src.is_nested:
+                return encode_nested(
+                    self, self.batch_first, src, causal, mask=mask,
+                    src_key_padding_mask=src_key_padding_mask, key_lengths=key_lengths,
+                )  # fmt: skip
         for layer in self.layers:
-            src = layer(src, mask, src_key_padding_mask, is_causal, key_lengths)
+            src = layer(src, mask, src_key_padding_mask, causal, key_lengths)
         if self.norm is not None:
             src = self.norm(src)
         return src
@@ -475,16 +499,17 @@ class TransformerDecoder(nn.Module):
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool = False,
+        tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
         tgt_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`TransformerDecoderLayer.forward`."""
+        """As :meth:`TransformerDecoderLayer.forward`; ``tgt_is_causal`` None is False."""
+        causal = tgt_is_causal is not None and tgt_is_causal
         for layer in self.layers:
             tgt = layer(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal, tgt_lengths, memory_lengths,
+                causal, memory_is_causal, tgt_lengths, memory_lengths,
             )  # fmt: skip
         if self.norm is not None:
             tgt = self.norm(tgt)
@@ -499,18 +524,19 @@ class TransformerDecoder(nn.Module):
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool = False,
+        tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
         tgt_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and all layers' weights of the attention to the memory,
         (num_layers, B, cross_nhead, Lt, Lm)."""
+        causal = tgt_is_causal is not None and tgt_is_causal
         all_weights: list[Tensor] = []
         for layer in self.layers:
             tgt, weights = layer.forward_with_weights(  # type: ignore[operator]
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal, tgt_lengths, memory_lengths,
+                causal, memory_is_causal, tgt_lengths, memory_lengths,
             )  # fmt: skip
             all_weights.append(weights)
         if self.norm is not None:
