@@ -148,9 +148,9 @@ void load_state_dict(torch::nn::Module& module, const std::string& path) {
   load_state_dict(module, read_state_dict(path));
 }
 
-void save_state_dict(const torch::nn::Module& module, const std::string& path) {
-  c10::Dict<std::string, Tensor> state;
-  for (const auto& item : state_dict(module)) state.insert(item.key(), item.value());
+void write_state_dict(const StateDict& state, const std::string& path) {
+  c10::Dict<std::string, Tensor> dict;
+  for (const auto& item : state) dict.insert(item.key(), item.value().detach());
 
   std::string pickle;
   // Without the names of types, which torch.load(weights_only=True) refuses.
@@ -158,7 +158,7 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path) {
       [&pickle](const char* bytes, size_t size) { pickle.append(bytes, size); }, nullptr, nullptr,
       nullptr, nullptr, /*tag_aggregates=*/false);
   pickler.protocol();
-  pickler.pushIValue(state);
+  pickler.pushIValue(dict);
   pickler.stop();
 
   caffe2::serialize::PyTorchStreamWriter writer(path);
@@ -170,6 +170,10 @@ void save_state_dict(const torch::nn::Module& module, const std::string& path) {
     writer.writeRecord("data/" + std::to_string(index++), data.data(), data.sizeInBytes());
   }
   writer.writeEndOfFile();
+}
+
+void save_state_dict(const torch::nn::Module& module, const std::string& path) {
+  write_state_dict(state_dict(module), path);
 }
 
 }  // namespace torch_selfattn::nn

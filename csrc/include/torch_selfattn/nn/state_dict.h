@@ -20,9 +20,12 @@ TORCH_SELFATTN_API StateDict state_dict(const torch::nn::Module& module);
 TORCH_SELFATTN_API void load_state_dict(torch::nn::Module& module, const StateDict& state);
 
 // The dict of tensors in a file that torch.save(module.state_dict(), path) wrote in Python (or
-// torch.save of a dict of tensors, or save_state_dict below), on the CPU. Like torch.load with
+// torch.save of a dict of tensors, or write_state_dict), on the CPU. Like torch.load with
 // weights_only=True it runs no code of the file.
 TORCH_SELFATTN_API StateDict read_state_dict(const std::string& path);
+
+// Writes such a file; torch.load(path) makes a dict of it.
+TORCH_SELFATTN_API void write_state_dict(const StateDict& state, const std::string& path);
 
 // load_state_dict(*model, "model.pt"): what torch.save(model.state_dict(), "model.pt") wrote.
 TORCH_SELFATTN_API void load_state_dict(torch::nn::Module& module, const std::string& path);
