@@ -1,6 +1,10 @@
 #include "ops/positional.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/exp2.h>
+#include <ATen/ops/where.h>
 #include <c10/core/DefaultDtype.h>
 #include <torch/library.h>
 #include <torch_selfattn/positional.h>
@@ -46,6 +50,18 @@ std::tuple<Tensor, Tensor> rotary_tables(SymInt length, SymInt dim, double base,
   static const auto op = ops::operator_handle<decltype(rotary_tables)>("rotary_tables");
   return op.call(std::move(length), std::move(dim), base, std::move(offset), scaling, dtype,
                  device);
+}
+
+Tensor alibi_slopes(int64_t num_heads, at::ScalarType dtype, std::optional<at::Device> device) {
+  TORCH_CHECK_VALUE(num_heads > 0,
+                    "alibi_slopes: num_heads must be positive (got num_heads=", num_heads, ")");
+  int64_t n = 1;
+  while (2 * n <= num_heads) n *= 2;
+  const Tensor head = at::arange(num_heads, at::TensorOptions().dtype(at::kDouble).device(device));
+  // In steps of -8 / n: 1, 2, ..., n, then 1/2, 3/2, ...
+  const double count = static_cast<double>(n);
+  const Tensor exponent = at::where(head < count, head + 1.0, head - count + 0.5);
+  return at::exp2(exponent * (-8.0 / count)).to(dtype);
 }
 
 namespace ops {

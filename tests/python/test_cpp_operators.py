@@ -10,7 +10,7 @@ import ways
 import torch_selfattn
 
 # Tests run in the build folder.
-PROGRAM = Path("tests/cpp/torch_selfattn_op_tests").absolute()
+PROGRAM = Path("tests/cpp/torch_selfattn_ops_tests").absolute()
 
 
 @pytest.mark.skipif(not PROGRAM.exists(), reason="the C++ tests are not built")

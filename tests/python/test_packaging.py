@@ -3,45 +3,46 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cmake_projects import FOREIGN, build_and_run, configure, run
+from torch import Tensor
 
 import torch_selfattn
+from torch_selfattn.nn import MultiHeadAttention
 
-FOREIGN = Path(__file__).resolve().parents[1] / "foreign"
 PACKAGE = Path(torch_selfattn.__file__).parent
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command, **environment):
-    """Runs a command as a shell would that knows neither Python's environment nor its libraries."""
-    drop = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "CMAKE_PREFIX_PATH")
-    env = {name: value for name, value in os.environ.items() if name not in drop}
-    if shutil.which("ccache"):
-        env |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CCACHE_NOHASHDIR": "1"}
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=env | environment
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The same small model scripted, and compiled by AOTInductor."""
+    folder = tmp_path_factory.mktemp("models")
+    block = Block().eval()
+    example = (torch.randn(2, 7, 16), torch.tensor([7, 5]))
+    torch.jit.script(block).save(folder / "block.pt")
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2)
+    program = torch.export.export(
+        block, example, dynamic_shapes={"x": {0: batch, 1: length}, "lengths": {0: batch}}
     )
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "block.pt2"))
+    return folder / "block.pt", folder / "block.pt2"
 
 
-def configure(build, *options, source=FOREIGN, **environment):
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    return run(cmake, "-GNinja", "-S", source, "-B", build, *options, **environment)
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(16, 2, batch_first=True, score="additive")
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # (B, L, 16), (B) -> (B, L, 16)
+        return self.attention(x, x, x, key_lengths=lengths, need_weights=False)[0]
 
 
-def build_and_run(build):
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    built = run(cmake, "--build", build)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return run(build / "foreign")
-
-
-def test_foreign_project_builds_trains_and_runs(tmp_path):
+def test_foreign_project_builds_trains_and_runs(tmp_path, models):
     # Nothing but the package's folder is given, and no interpreter that could tell where torch is.
     configured = configure(
         tmp_path, f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}",
@@ -49,9 +50,40 @@ def test_foreign_project_builds_trains_and_runs(tmp_path):
     )  # fmt: skip
     assert configured.returncode == 0, configured.stdout + configured.stderr
     assert f"Found torch {torch.__version__.split('+')[0]}" in configured.stdout
-    result = build_and_run(tmp_path)
+    result = build_and_run(tmp_path, *models)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"version {torch_selfattn.__version__} " in result.stdout
+    assert "scripted and exported agree" in result.stdout
+    # What it saved is a state dict of Python's.
+    made = torch_selfattn.nn.TransformerEncoder(
+        torch_selfattn.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    )
+    made.load_state_dict(torch.load(tmp_path / "trained.pt", weights_only=True))
+
+
+def test_example_trains_and_saves(tmp_path):
+    configured = configure(
+        tmp_path, f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}",
+        source=FOREIGN.parents[1] / "examples/cpp",
+    )  # fmt: skip
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    result = build_and_run(tmp_path, program="reverser")
+    assert result.returncode == 0, result.stdout + result.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.e-]+)", result.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.load(tmp_path / "reverser.pt", weights_only=True)["output.bias"].shape == (10,)
+
+
+def test_linker_keeps_the_library(tmp_path):
+    """Also where it drops libraries that nothing refers to, and the program refers to nothing."""
+    configured = configure(
+        tmp_path, f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}",
+        "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed",
+    )  # fmt: skip
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    result = build_and_run(tmp_path, program="by_name")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("order", ["BEFORE", "AFTER"])

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch_selfattn/export.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
@@ -48,5 +49,12 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> rotary_tables(
     c10::SymInt length, c10::SymInt dim, double base = 10000.0, c10::SymInt offset = 0,
     double scaling = 1.0, std::optional<at::ScalarType> dtype = std::nullopt,
     std::optional<at::Device> device = std::nullopt);
+
+// The slopes of ALiBi (Press et al., 2022), (num_heads), for the argument alibi_slopes of the
+// attention functions: head h = 1 ... H of a power of two has 2^(-8h/H); otherwise the first n
+// heads those of n heads, with the largest power of two n < H, and the others every second of 2n
+// heads.
+TORCH_SELFATTN_API at::Tensor alibi_slopes(int64_t num_heads, at::ScalarType dtype = at::kFloat,
+                                           std::optional<at::Device> device = std::nullopt);
 
 }  // namespace torch_selfattn
