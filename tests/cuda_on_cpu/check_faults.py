@@ -245,11 +245,11 @@ FAULTS = [
     Fault(
         "group: a shuffle that some lanes pass by",
         FORWARD,
-        "const bool small_weights = weights_within(weight, p.head_dim, scale);",
-        "const bool small_weights = least.two >= kLeastDenominator &&"
-        " weights_within(weight, p.head_dim, scale);",
+        "const WeightNorms norms = WeightNorms::of(weight, p.head_dim, scale);",
+        "WeightNorms norms = {0, 0};"
+        "if (least.two >= kLeastDenominator) norms = WeightNorms::of(weight, p.head_dim, scale);",
         "plain",
-        "group two joined, far edge",
+        "group one huge key",
         "deadlock",
     ),
     Fault(

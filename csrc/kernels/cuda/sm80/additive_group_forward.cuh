@@ -27,6 +27,8 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 constexpr float kLeastDenominator = 0x1p-116f;
 // The error of a score is about 2^-9 |scale| |w|_2: docs/tolerances.md.
 constexpr float kLargestWeightNorm = 16;
+// e^score, and what is summed up of it, is far from the ends of float32 and of bfloat16.
+constexpr float kBoundedScore = 40;
 
 // s[row][key] += sum over the 16 features of a quad, of the warp's 16 rows and a tile of keys.
 template <int kJoined, int K>
@@ -122,18 +124,28 @@ __device__ __forceinline__ void stage_weights(uint2* to, const Weight<T>& weight
   }
 }
 
-template <typename T>
-__device__ __forceinline__ bool weights_within(const Weight<T>& weight, std::int64_t dims,
-                                               float scale) {
-  float squares = 0;
-  for (std::int64_t d = threadIdx.x % 32; d < dims; d += 32) {
-    const float w = scale * weight.at(d);
-    squares += w * w;
-  }
+// Of the weights times scale, for all lanes of a warp.
+struct WeightNorms {
+  float squares;  // |w|_2 squared
+  float sum;      // |w|_1, which no score exceeds
+
+  template <typename T>
+  static __device__ __forceinline__ WeightNorms of(const Weight<T>& weight, std::int64_t dims,
+                                                   float scale) {
+    WeightNorms norms = {0, 0};
+    for (std::int64_t d = threadIdx.x % 32; d < dims; d += 32) {
+      const float w = scale * weight.at(d);
+      norms.squares += w * w;
+      norms.sum += fabsf(w);
+    }
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-  return squares <= kLargestWeightNorm * kLargestWeightNorm;
-}
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      norms.squares += __shfl_xor_sync(~0u, norms.squares, lanes);
+      norms.sum += __shfl_xor_sync(~0u, norms.sum, lanes);
+    }
+    return norms;
+  }
+};
 
 // Prologue: the products of the lane's two rows, as A operands. Returns the least denominators that
 // the warp can meet, whatever the keys.
@@ -201,8 +213,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
   const uint4* load_from;
   bool join_four;
   {
-    const GroupBlock mine = GroupBlock::of(p, workspace);
-    if (thread == 0) block = mine;
+    GroupBlock mine = GroupBlock::of(p, workspace);
     load_tile = mine.first_tile - 1;
     load_from =
         workspace.key_products +
@@ -216,7 +227,11 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
         queries + thread, p, Tokens<T>::of(p.query, mine.batch, mine.head), mine.first_query,
         workspace.centre + first_feature, workspace.floor + first_feature, quads);
     join_four = __all_sync(~0u, least.four >= kLeastDenominator) != 0;
-    const bool small_weights = weights_within(weight, p.head_dim, scale);  // the whole warp's
+    const WeightNorms norms = WeightNorms::of(weight, p.head_dim, scale);
+    const bool small_weights = norms.squares <= kLargestWeightNorm * kLargestWeightNorm;
+    mine.bounded = std::is_same_v<T, __nv_bfloat16> && norms.sum <= kBoundedScore &&
+                   p.mask_kind != MaskKind::kFloat && p.slopes == nullptr;
+    if (thread == 0) block = mine;
     if (__syncthreads_and(small_weights && least.two >= kLeastDenominator) == 0) {
       if (thread == 0) mine.redo(workspace) = 1;
       return;
@@ -306,8 +321,17 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
                      FragmentPairs::of(block.first_query, first_key));
       finish_scores(s, bias, 1.0f);  // the scale is in the weights
     }
-    float rescale[2];
-    softmax.update(s, rescale);
+    if (block.bounded) {
+      softmax.add_bounded(s);
+    } else {
+      float rescale[2];
+      softmax.update(s, rescale);
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+      }
+    }
     if (p.dropout_p > 0) {
       const std::int64_t row =
           block.batch_head * p.query_length + FragmentPairs::of(block.first_query, first_key).query;
@@ -317,11 +341,6 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     pack_weights<T>(weights_of_values, s);
 #pragma unroll
     for (int k = 0; k < K; ++k) s[0][k] = s[1][k] = 0;  // for the next tile
-#pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
-    }
     if (quads < Tile::kStages) {  // the values were not among the copies waited for above
       cp_async_wait<0>();
       __syncthreads();

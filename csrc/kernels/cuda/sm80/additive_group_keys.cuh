@@ -15,7 +15,7 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 constexpr int kKeysThreads = 128;
 
 template <typename T>
-__global__ void __launch_bounds__(kKeysThreads)
+__global__ void __launch_bounds__(kKeysThreads, 8)
     additive_group_keys_kernel(const __grid_constant__ AttentionProblem p,
                                const GroupWorkspace workspace) {
   const std::int64_t features = workspace.features();

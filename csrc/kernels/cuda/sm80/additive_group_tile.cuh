@@ -25,6 +25,7 @@ struct alignas(16) GroupBlock {
   int end_tile;
   int first_full_tile;
   int end_full_tile;
+  bool bounded;  // the scores: no running maximum is needed
 
   static __device__ __forceinline__ GroupBlock of(const AttentionProblem& p,
                                                   const GroupWorkspace& workspace) {
@@ -49,6 +50,7 @@ struct alignas(16) GroupBlock {
     const bool any_full = begin < end;
     block.first_full_tile = any_full ? static_cast<int>((begin + size - 1) / size) : 0;
     block.end_full_tile = any_full ? static_cast<int>(end / size) : 0;
+    block.bounded = false;
     return block;
   }
   __device__ __forceinline__ std::int64_t kv_row(const AttentionProblem& p) const {
@@ -119,6 +121,20 @@ struct FragmentSoftmax {
         total += s[h][k];
       }
       sum[h] = sum[h] * rescale[h] + total;
+    }
+  }
+
+  // Of scores that are known to be small: relative to 0, so nothing is rescaled.
+  template <int K>
+  __device__ __forceinline__ void add_bounded(float (&s)[2][K]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      maximum[h] = 0;
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        s[h][k] = exp2_approx(s[h][k] * kLog2E);
+        sum[h] += s[h][k];
+      }
     }
   }
 
@@ -229,15 +245,16 @@ __device__ __forceinline__ void add_values(float (&out)[kWidth / 8][4],
   const int chunk = lane / 16;
 #pragma unroll
   for (int columns = 0; columns < kWidth / 16; ++columns) {
-    if (columns * 16 >= dims) break;
+    if (columns * 16 < dims) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int row = step * 16 + key;
-      std::uint32_t b[4];
-      ldmatrix<true>(
-          b, shared_address(values + row * kWidth + ((columns * 2 + chunk) ^ (key & 7)) * 8));
-      mma_m16n8k16<T>(out[2 * columns], weights[step], {b[0], b[1]});
-      mma_m16n8k16<T>(out[2 * columns + 1], weights[step], {b[2], b[3]});
+      for (int step = 0; step < kSteps; ++step) {
+        const int row = step * 16 + key;
+        const T* const from = values + row * kWidth + ((columns * 2 + chunk) ^ (key & 7)) * 8;
+        std::uint32_t b[4];
+        ldmatrix<true>(b, shared_address(from));
+        mma_m16n8k16<T>(out[2 * columns], weights[step], {b[0], b[1]});
+        mma_m16n8k16<T>(out[2 * columns + 1], weights[step], {b[2], b[3]});
+      }
     }
   }
 }
