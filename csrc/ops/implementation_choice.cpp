@@ -35,6 +35,12 @@ std::string forced_implementation() {
   return forced_name;
 }
 
+bool is_forced_implementation(const char* name) {
+  if (!is_forced.load(std::memory_order_relaxed)) return false;
+  const std::lock_guard lock(forced_mutex);
+  return forced_name == name;
+}
+
 std::string set_forced_implementation(std::string name) {
   const std::lock_guard lock(forced_mutex);
   std::swap(forced_name, name);

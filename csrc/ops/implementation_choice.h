@@ -19,6 +19,8 @@ struct Candidate {
 
 // The name that every attention call of the process must use; empty: the best one.
 TORCH_SELFATTN_API std::string forced_implementation();
+// Whether that is `name`: for implementations that run by name only. Allocates nothing.
+TORCH_SELFATTN_API bool is_forced_implementation(const char* name);
 // Sets it and returns the one before.
 TORCH_SELFATTN_API std::string set_forced_implementation(std::string name);
 

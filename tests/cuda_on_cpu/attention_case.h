@@ -8,6 +8,8 @@
 
 #include "kernels/common/reference.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/sm80/additive_group.h"
+#include "kernels/cuda/sm80/additive_group_workspace.h"
 #include "testing.h"
 
 // One attention problem with random tensors, run by the CUDA kernels and by the reference.
@@ -25,10 +27,17 @@ enum class Special {
   kHugeScores,     // scores that overflow float32
   kLargeScores,    // the softmax is all but one-hot, lse in the thousands
   kOneHugeKey,     // additive: one tile is beyond the range of the exponential form
+  kHiddenBlocks,   // the mask hides keys 60 ... 199 from all queries
+  kRange,  // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
+           // evenly spaced between; queries the other way round
 };
 
-// What is run: attention forward and backward, or the weights by themselves.
-enum class What { kAttention, kWeights, kMeanWeights };
+// What is run: attention forward and backward, the weights by themselves, or the forward kernels of
+// the group method, with or without the generic backward after them.
+enum class What { kAttention, kWeights, kMeanWeights, kGroup, kGroupAndBackward };
+
+// How many tiles of queries the group method leaves to the generic kernel.
+enum class Redo { kNone, kSome, kAll };
 
 struct Case {
   const char* name;
@@ -48,9 +57,13 @@ struct Case {
   bool grad_lse = false;
   bool weight_per_batch = false, weight_per_head = true;
   double magnitude = 1.0;
+  double query_mean = 0.0, key_mean = 0.0;
+  double weight_magnitude = 1.0, scale = 0.7;  // additive
   Special special = Special::kNone;
   double largest_term = 0.1;   // of the sums in gradients: what their rounding errors go by
   bool query_indices = false;  // weights only: the queries are rows of others, in no order
+  Redo redo = Redo::kNone;     // group method only
+  double out_error = 0;        // if not 0: bound of the norm of out's error, relative to out's
 };
 
 inline double normal() {
@@ -80,9 +93,9 @@ struct Tensor {
     host.resize(static_cast<std::size_t>(batches * size[1] * size[2] * d * size_of(dtype)));
   }
   std::int64_t count() const { return static_cast<std::int64_t>(host.size()) / size_of(dtype); }
-  void fill_normal(double magnitude) {
+  void fill_normal(double magnitude, double mean = 0) {
     for (std::int64_t n = 0; n < count(); ++n) {
-      reference::store(dtype, host.data(), n, magnitude * normal());
+      reference::store(dtype, host.data(), n, mean + magnitude * normal());
     }
   }
   // Sets row l of (b, h).
@@ -137,9 +150,27 @@ struct Result {
       if (!same) ::testing::report_failure(name, static_cast<int>(n), "differs", have, want);
     }
   }
+
+  // The norm of the error relative to the norm of the result.
+  double relative_error() const {
+    Tensor got = Tensor(expected.dtype, expected.size);
+    got.host = device->copy();
+    double error = 0;
+    double size = 0;
+    for (std::int64_t n = 0; n < expected.count(); ++n) {
+      error += std::pow(got.at(n) - expected.at(n), 2);
+      size += std::pow(expected.at(n), 2);
+    }
+    return std::sqrt(error / size);
+  }
 };
 
+inline bool is_group(const Case& c) {
+  return c.what == What::kGroup || c.what == What::kGroupAndBackward;
+}
+
 inline double tolerance(const Case& c) {
+  if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
   switch (c.dtype) {
     case DType::kFloat64: return 1e-11;
     case DType::kFloat32: return 1e-5;
@@ -180,6 +211,35 @@ void run_weights(const Case& c, const MakeProblem& problem) {
   CHECK(weights.device->copy() == first);
 }
 
+// The forward of the group method, and what it leaves to the generic kernel.
+class GroupRun {
+ public:
+  GroupRun(const Case& c, const AttentionProblem& p) : case_(c) {
+    if (!is_group(c)) return;
+    const cuda::sm80::DeviceLimits device{8, 160 * 1024};
+    CHECK(cuda::sm80::additive_group_not_supported(p, device) == nullptr);
+    workspace_ = std::make_unique<testing::DeviceArray<char>>(
+        static_cast<std::size_t>(cuda::sm80::additive_group_workspace_bytes(p)));
+  }
+
+  void forward(const AttentionForward& call) const {
+    CHECK(cuda::sm80::additive_group_forward(call, workspace_->data(), nullptr) == cudaSuccess);
+    const AttentionProblem& p = call.problem;
+    const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace_->data());
+    const std::vector<char> bytes = workspace_->copy();
+    const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
+    const auto first = reinterpret_cast<char*>(memory.redo) - workspace_->data();
+    std::int64_t redone = 0;
+    for (std::int64_t n = 0; n < tiles; ++n) redone += bytes[static_cast<std::size_t>(first + n)];
+    CHECK((case_.redo == Redo::kNone) == (redone == 0));
+    CHECK((case_.redo == Redo::kAll) == (redone == tiles));
+  }
+
+ private:
+  const Case& case_;
+  std::unique_ptr<testing::DeviceArray<char>> workspace_;
+};
+
 // Forward and backward against the reference, twice: the second run, in another order of threads,
 // must give the same bits.
 inline void run_case(const Case& c) {
@@ -205,12 +265,12 @@ inline void run_case(const Case& c) {
   const std::int64_t slopes_size[4] = {c.slopes_per_batch ? B : 1, H, 1, 1};
   Tensor slopes(slopes_dtype, slopes_size);
   std::vector<char> bool_mask(static_cast<std::size_t>(mask.count()));
-  query.fill_normal(c.magnitude);
-  key.fill_normal(c.magnitude);
+  query.fill_normal(c.magnitude, c.query_mean);
+  key.fill_normal(c.magnitude, c.key_mean);
   value.fill_normal(1);
   grad_out.fill_normal(1);
   grad_lse.fill_normal(1);
-  weight.fill_normal(1);
+  weight.fill_normal(c.weight_magnitude);
   mask.fill_normal(1);
   for (std::int64_t n = 0; n < mask.count(); ++n) {
     bool_mask[static_cast<std::size_t>(n)] = testing::random() % 4 != 0 ? 1 : 0;
@@ -270,6 +330,24 @@ inline void run_case(const Case& c) {
       key.set_row(0, 0, 5, 40.0);
       query.set_row(0, 0, 7, -40.0);
       break;
+    case Special::kHiddenBlocks:
+      for (std::int64_t n = 0; n < mask.count(); ++n) {
+        if (n % Lk >= 60 && n % Lk < 200) bool_mask[static_cast<std::size_t>(n)] = 0;
+      }
+      break;
+    case Special::kRange:
+      for (std::int64_t b = 0; b < B; ++b) {
+        const auto at = [&](std::int64_t n, std::int64_t count) {
+          return c.magnitude * (2.0 * static_cast<double>(n) / static_cast<double>(count - 1) - 1);
+        };
+        for (std::int64_t h = 0; h < H; ++h) {
+          for (std::int64_t i = 0; i < Lq; ++i) query.set_row(b, h, i, -at(i, Lq));
+        }
+        for (std::int64_t h = 0; h < Hk; ++h) {
+          for (std::int64_t j = 0; j < Lk; ++j) key.set_row(b, h, j, at(j, Lk));
+        }
+      }
+      break;
   }
 
   Tensor* const inputs[] = {&query, &key, &value, &grad_out, &grad_lse, &weight, &mask, &slopes};
@@ -327,7 +405,7 @@ inline void run_case(const Case& c) {
     if (c.lengths) p.key_lengths = on_device ? device_lengths.data() : lengths.data();
     if (c.starts) p.key_starts = on_device ? device_starts.data() : starts.data();
     if (c.offsets) p.query_offsets = on_device ? device_offsets.data() : offsets.data();
-    p.scale = c.score == ScoreKind::kAdditive ? 0.7 : 1 / std::sqrt(static_cast<double>(E) + 1);
+    p.scale = c.score == ScoreKind::kAdditive ? c.scale : 1 / std::sqrt(static_cast<double>(E) + 1);
     if (c.special == Special::kLargeScores) p.scale = 1000;
     p.window_left = c.window_left;
     p.window_right = c.window_right;
@@ -336,7 +414,7 @@ inline void run_case(const Case& c) {
     p.philox_state = on_device ? device_philox.data() : philox.data();
     return p;
   };
-  if (c.what != What::kAttention) {
+  if (c.what == What::kWeights || c.what == What::kMeanWeights) {
     run_weights(c, problem);
     return;
   }
@@ -350,10 +428,12 @@ inline void run_case(const Case& c) {
   Result grad_weight("grad_weight", c.dtype, {weight.size[0], weight.size[1], 1, E});
   Result grad_mask("grad_mask", mask_dtype, mask_size);
   Result grad_slopes("grad_slopes", slopes_dtype, slopes_size);
-  std::vector<Result*> results = {&out, &lse, &grad_query, &grad_key, &grad_value};
-  if (c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  if (c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
-  if (c.slopes) results.push_back(&grad_slopes);
+  std::vector<Result*> results = {&out, &lse};
+  const bool backward = c.what != What::kGroup;
+  if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
+  if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
+  if (backward && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
+  if (backward && c.slopes) results.push_back(&grad_slopes);
 
   const auto forward_call = [&](bool on_device) {
     return AttentionForward{problem(on_device), out.view(on_device), lse.data(on_device)};
@@ -376,16 +456,23 @@ inline void run_case(const Case& c) {
     return call;
   };
   reference::forward(forward_call(false), Parallel());
-  reference::backward(backward_call(false), Parallel());
+  if (backward) reference::backward(backward_call(false), Parallel());
 
   const AttentionProblem p = problem(true);
   CHECK(cuda::attention_not_supported(p) == nullptr);
   const testing::DeviceArray<char> workspace(
       static_cast<std::size_t>(cuda::attention_backward_workspace_bytes(p)));
+  const GroupRun group(c, p);
   std::vector<std::vector<char>> first;
   for (int run = 0; run < 2; ++run) {
-    CHECK(cuda::attention_forward(forward_call(true), nullptr) == cudaSuccess);
-    CHECK(attention_backward(backward_call(true), workspace.data(), nullptr) == cudaSuccess);
+    if (is_group(c)) {
+      group.forward(forward_call(true));
+    } else {
+      CHECK(cuda::attention_forward(forward_call(true), nullptr) == cudaSuccess);
+    }
+    if (backward) {
+      CHECK(attention_backward(backward_call(true), workspace.data(), nullptr) == cudaSuccess);
+    }
     for (std::size_t n = 0; n < results.size(); ++n) {
       if (run == 0) {
         const bool is_gradient = n > 1;
@@ -394,6 +481,12 @@ inline void run_case(const Case& c) {
       } else {
         CHECK(results[n]->device->copy() == first[n]);
       }
+    }
+  }
+  if (c.out_error > 0) {
+    const double error = out.relative_error();
+    if (!(error <= c.out_error)) {
+      ::testing::report_failure("out", 0, "relative error", error, c.out_error);
     }
   }
 }

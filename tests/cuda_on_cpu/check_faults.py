@@ -1,11 +1,12 @@
 """Plants faults in copies of the CUDA kernels and checks that the tests find each of them.
 
-    python check_faults.py <build folder> <compiler> <CUDA include folder> [fault name]
+    python check_faults.py [--only PART] <build folder> <compiler> <CUDA include folder>...
 
 A fault is a replacement in the source: one that no longer matches is an error, so that the list
 follows the kernels.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -28,7 +29,43 @@ BUILDS = {  # flags of everything, flags of the kernels only, seed
 }
 
 
-PARTS = ("forward", "backward", "weights")  # kernels/cuda/attention_<part>.cu
+GENERIC = ("attention_forward", "attention_backward", "attention_weights")  # kernels/cuda/*.cu
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled for a fault: for one dtype only, which takes a quarter of the time."""
+
+    tests: tuple[str, ...]
+    kernels: tuple[str, ...]  # that may have the fault
+    others: tuple[str, ...]  # that never have it
+    dtype: str  # of the tests
+
+
+PROGRAMS = {
+    "attention": Program(
+        ("test_attention.cu", "test_attention_weights.cu"), GENERIC, (), "kFloat32"
+    ),
+    "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), GENERIC, "kBFloat16"),
+}
+
+# Replacements that leave one dtype in the kernels: (file, text, dtype it is for, without it).
+DTYPES = [
+    ("attention_dispatch.h", f"{name}: return with_score({cpp}())", name, f"{name}: break")
+    for name, cpp in (
+        ("kFloat64", "double"),
+        ("kFloat32", "float"),
+        ("kFloat16", "__half"),
+        ("kBFloat16", "__nv_bfloat16"),
+    )
+] + [
+    (
+        "sm80/additive_group.cu",
+        "? forward<__half>(call, workspace, stream)",
+        "kFloat16",
+        "? cudaErrorInvalidValue",
+    )
+]
 
 
 @dataclass
@@ -38,9 +75,15 @@ class Fault:
     old: str
     new: str
     build: str
-    test: str  # a name, or a part of names, of float32 tests
+    test: str  # a name, or a part of names, of tests of the program's dtype
     message: str = "FAILED"  # what the report must contain
 
+    @property
+    def program(self) -> Program:
+        return PROGRAMS["group" if self.test.startswith("group") else "attention"]
+
+
+FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
 
 FAULTS = [
     Fault(
@@ -172,6 +215,92 @@ FAULTS = [
         "plain",
         "weights of chosen rows",
     ),
+    Fault(
+        "group: a stage used before all warps have filled it",
+        FORWARD,
+        "cp_async_wait<Tile::kStages - 2>();\n      __syncthreads();",
+        "cp_async_wait<Tile::kStages - 2>();",
+        "race",
+        "group odd sizes",
+        "data race",
+    ),
+    Fault(
+        "group: a copy not waited for",
+        FORWARD,
+        "cp_async_wait<Tile::kStages - 2>();",
+        "cp_async_wait<Tile::kStages - 1>();",
+        "race",
+        "group odd sizes",
+        "data race",
+    ),
+    Fault(
+        "group: values not waited for where there are few quads",
+        FORWARD,
+        "if (quads < Tile::kStages) {",
+        "if (quads < 0) {",
+        "race",
+        "group one quad",
+        "data race",
+    ),
+    Fault(
+        "group: a shuffle that some lanes pass by",
+        FORWARD,
+        "const WeightNorms norms = WeightNorms::of(weight, p.head_dim, scale);",
+        "WeightNorms norms = {0, 0};"
+        "if (least.two >= kLeastDenominator) norms = WeightNorms::of(weight, p.head_dim, scale);",
+        "plain",
+        "group one huge key",
+        "deadlock",
+    ),
+    Fault(
+        "group: four joined beyond their range",
+        FORWARD,
+        "kLeastDenominator = 0x1p-116f",
+        "kLeastDenominator = 0",
+        "plain",
+        "group two joined, far edge",
+    ),
+    Fault(
+        "group: the products of queries without their factor",
+        FORWARD,
+        "if (!join_four) {",
+        "if (false) {",
+        "plain",
+        "group two joined, far edge",
+    ),
+    Fault(
+        "group: keys not centred",
+        "kernels/cuda/sm80/additive_group_keys.cuh",
+        "? 0.5f * high + 0.5f * low : 0.0f",
+        "? 0.0f * high : 0.0f",
+        "plain",
+        "group keys of 50, queries of -50",
+    ),
+    Fault(
+        "group: both rows of a lane drop alike",
+        "kernels/cuda/sm80/additive_group_tile.cuh",
+        "first_row + (odd ? 8 : 0)",
+        "first_row",
+        "plain",
+        "group dropout",
+    ),
+    Fault(
+        "group: a tile with NaN not done again",
+        FORWARD,
+        "block_finite ? 0 : 1",
+        "0",
+        "plain",
+        "group NaN behind a mask",
+    ),
+    Fault(
+        "group: values of keys that do not exist",
+        "kernels/cuda/sm80/additive_group_tile.cuh",
+        "const bool inside = j >= range.begin && j < range.end;",
+        "const bool inside = true;",
+        "asan",
+        "group odd sizes",
+        "heap-buffer-overflow",
+    ),
 ]
 
 
@@ -182,64 +311,73 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
 
 
 class Checker:
-    def __init__(self, folder: Path, compiler: str, cuda: str):
-        self.folder, self.compiler, self.cuda = folder, compiler, cuda
+    def __init__(self, folder: Path, compiler: str, cuda: list[str]):
+        self.folder, self.compiler = folder, compiler
+        self.cuda = [word for path in dict.fromkeys(cuda) for word in ("-isystem", path)]
 
     def compile(self, source: Path, to: Path, csrc: Path, flags: str) -> None:
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         command = [
             self.compiler, *FLAGS.split(), *flags.split(), f"-I{HERE}/emulator", f"-I{HERE}",
-            f"-I{csrc}", "-isystem", self.cuda, *language, "-c", str(source), "-o", str(to),
+            f"-I{csrc}", *self.cuda, *language, "-c", str(source), "-o", str(to),
         ]  # fmt: skip
         result = run(command)
         if result.returncode != 0:
             raise RuntimeError(f"{source} does not compile:\n{result.stdout}")
 
-    def runtime(self, build: str) -> list[str]:
-        """The objects of the emulation and of the tests, which no fault changes."""
-        folder = self.folder / build
-        folder.mkdir(parents=True, exist_ok=True)
-        flags, _, _ = BUILDS[build]
-        objects = []
-        for source in [*sorted((HERE / "emulator").glob("*.cpp")), HERE / "testing.cpp",
-                       HERE / "test_attention.cu", HERE / "test_attention_weights.cu"]:  # fmt: skip
-            objects.append(folder / f"{source.name}.o")
-            self.compile(source, objects[-1], CSRC, flags)
-        return [str(path) for path in objects]
-
-    def check(self, index: int, fault: Fault, objects: list[str]) -> str | None:
-        """None if the fault is found, else what happened instead."""
-        folder = self.folder / f"fault{index}"
+    def copy_kernels(self, folder: Path, program: Program) -> Path:
+        """A csrc with the kernels for the program's dtype."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(CSRC / "kernels", folder / "csrc" / "kernels")
-        path = folder / "csrc" / fault.file
+        for name, old, dtype, new in DTYPES:
+            path = folder / "csrc/kernels/cuda" / name
+            text = path.read_text()
+            if old not in text:
+                raise RuntimeError(f"{name} has no {old!r}")
+            if dtype != program.dtype:
+                path.write_text(text.replace(old, new))
+        return folder / "csrc"
+
+    def compile_kernels(
+        self, names: tuple[str, ...], csrc: Path, folder: Path, build: str
+    ) -> list[Path]:
+        flags, kernel_flags, _ = BUILDS[build]
+        objects = [folder / f"{Path(name).name}.o" for name in names]
+        for name, to in zip(names, objects, strict=True):
+            self.compile(csrc / "kernels/cuda" / f"{name}.cu", to, csrc, f"{flags} {kernel_flags}")
+        return objects
+
+    def runtime(self, build: str, program: Program) -> list[Path]:
+        """The objects of the emulation, of the tests and of kernels which no fault changes."""
+        folder = self.folder / f"{build} {program.kernels[0].replace('/', ' ')}"
+        csrc = self.copy_kernels(folder, program)
+        flags, _, _ = BUILDS[build]
+        objects = self.compile_kernels(program.others, csrc, folder, build)
+        for source in [
+            *sorted((HERE / "emulator").glob("*.cpp")),
+            HERE / "testing.cpp",
+            *(HERE / name for name in program.tests),
+        ]:
+            objects.append(folder / f"{source.name}.o")
+            self.compile(source, objects[-1], CSRC, flags)
+        return objects
+
+    def check(self, index: int, fault: Fault, objects: list[Path]) -> str | None:
+        """None if the fault is found, else what happened instead."""
+        folder = self.folder / f"fault{index}"
+        csrc = self.copy_kernels(folder, fault.program)
+        path = csrc / fault.file
         text = path.read_text()
         if fault.old not in text:
             return f"{fault.file} has no {fault.old!r}"
         path.write_text(text.replace(fault.old, fault.new, 1))
-        # One dtype is enough, and compiles in a quarter of the time.
-        dispatch = folder / "csrc/kernels/cuda/attention_dispatch.h"
-        text = dispatch.read_text()
-        for other in (
-            "kFloat64: return with_score(double())",
-            "kFloat16: return with_score(__half())",
-            "kBFloat16: return with_score(__nv_bfloat16())",
-        ):
-            if other not in text:
-                return f"{dispatch.name} has no {other!r}"
-            text = text.replace(other, other.split(":")[0] + ": break")
-        dispatch.write_text(text)
-        flags, kernel_flags, seed = BUILDS[fault.build]
-        kernels = [folder / f"attention_{part}.o" for part in PARTS]
-        for kernel in kernels:
-            source = folder / "csrc/kernels/cuda" / f"{kernel.stem}.cu"
-            self.compile(source, kernel, folder / "csrc", f"{flags} {kernel_flags}")
+        kernels = self.compile_kernels(fault.program.kernels, csrc, folder, fault.build)
+        flags, _, seed = BUILDS[fault.build]
         program = folder / "tests"
         link = [
             self.compiler,
             *flags.split(),
-            *map(str, kernels),
-            *objects,
+            *map(str, [*kernels, *objects]),
             "-ldl",
             "-o",
             str(program),
@@ -256,12 +394,29 @@ class Checker:
 
 
 def main() -> int:
-    checker = Checker(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
-    wanted = [f for f in FAULTS if len(sys.argv) < 5 or sys.argv[4] in f.name]
-    objects = {build: checker.runtime(build) for build in sorted({f.build for f in wanted})}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("compiler")
+    parser.add_argument("cuda", nargs="+")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    checker = Checker(options.folder.resolve(), options.compiler, options.cuda)
+    wanted = [f for f in FAULTS if options.only in f.name]
+    if not wanted:
+        parser.error(f"--only: part of the name of a fault (got {options.only!r})")
+    wanted_objects = sorted({(f.build, f.program.kernels) for f in wanted})
+    objects = {
+        (build, program.kernels): checker.runtime(build, program)
+        for program in PROGRAMS.values()
+        for build in BUILDS
+        if (build, program.kernels) in wanted_objects
+    }
     with ThreadPoolExecutor(max_workers=2) as pool:
         outcomes = pool.map(
-            lambda item: checker.check(item[0], item[1], objects[item[1].build]), enumerate(wanted)
+            lambda item: checker.check(
+                item[0], item[1], objects[item[1].build, item[1].program.kernels]
+            ),
+            enumerate(wanted),
         )
         missed = 0
         for fault, outcome in zip(wanted, outcomes, strict=True):

@@ -94,6 +94,31 @@ void test_tf32() {
   }
 }
 
+// d is not read.
+__global__ void product_kernel(const std::uint32_t* a, const std::uint32_t* b, float* d) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const std::uint32_t fragment_a[4] = {a[lane], a[32 + lane], a[64 + lane], a[96 + lane]};
+  const std::uint32_t fragment_b[2] = {b[lane], b[32 + lane]};
+  float product[4] = {1e30f, 1e30f, 1e30f, 1e30f};
+  float sum[4] = {};
+  mma_product_m16n8k16<__nv_bfloat16>(product, fragment_a, fragment_b);
+  mma_m16n8k16<__nv_bfloat16>(sum, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) d[4 * lane + i] = product[i] - sum[i];
+}
+
+void test_product() {
+  const auto a = small_numbers<__nv_bfloat16>(256);
+  const auto b = small_numbers<__nv_bfloat16>(128);
+  const testing::DeviceArray<__nv_bfloat16> device_a(a);
+  const testing::DeviceArray<__nv_bfloat16> device_b(b);
+  const testing::DeviceArray<float> device_d(128);
+  CHECK(launch(product_kernel, 1, 32, 0, nullptr,
+               reinterpret_cast<const std::uint32_t*>(device_a.data()),
+               reinterpret_cast<const std::uint32_t*>(device_b.data()),
+               device_d.data()) == cudaSuccess);
+  for (const float difference : device_d.copy()) CHECK(difference == 0);
+}
+
 // Sums 96 numbers in a block of three warps: shuffles, static shared memory, barriers, votes.
 __global__ void sum_kernel(const float* x, float* result) {
   __shared__ float of_warp[3];
@@ -131,6 +156,7 @@ const testing::Test tests[] = {
     {"mma fp16", test_mma<__half, false>},
     {"mma fp16, transposed ldmatrix", test_mma<__half, true>},
     {"mma tf32", test_tf32},
+    {"mma without an accumulator", test_product},
     {"shuffles, votes and barriers", test_block},
 };
 

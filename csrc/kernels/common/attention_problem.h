@@ -114,12 +114,18 @@ TSA_HOST_DEVICE std::int64_t query_position(const AttentionProblem& p, std::int6
   return i + p.query_offset + (p.query_offsets != nullptr ? p.query_offsets[b] : 0);
 }
 
-// Keys that query i of sample b may attend to, before the mask tensor is looked at.
-TSA_HOST_DEVICE KeyRange key_range(const AttentionProblem& p, std::int64_t b, std::int64_t i) {
+// Keys of sample b that are not padding.
+TSA_HOST_DEVICE KeyRange key_range(const AttentionProblem& p, std::int64_t b) {
   std::int64_t begin = 0;
   std::int64_t end = p.key_length;
   if (p.key_starts != nullptr && p.key_starts[b] > begin) begin = p.key_starts[b];
   if (p.key_lengths != nullptr && p.key_lengths[b] < end) end = p.key_lengths[b];
+  return {begin, end};
+}
+
+// Keys that query i of sample b may attend to, before the mask tensor is looked at.
+TSA_HOST_DEVICE KeyRange key_range(const AttentionProblem& p, std::int64_t b, std::int64_t i) {
+  auto [begin, end] = key_range(p, b);
   const std::int64_t position = query_position(p, b, i);
   if (p.window_left >= 0 && position - p.window_left > begin) begin = position - p.window_left;
   if (p.window_right >= 0 && position + p.window_right + 1 < end) {

@@ -14,8 +14,10 @@ namespace torch_selfattn::kernels::cuda {
 // Why these kernels cannot run the problem, or null.
 const char* attention_not_supported(const AttentionProblem& problem);
 
-// One launch.
-cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+// One launch. `wanted`, of 16-bit and float32 problems: null, or one byte of device memory for each
+// 64 queries, (B, H, ceil(Lq / 64)); tiles with a 0 are left alone.
+cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream,
+                              const std::uint8_t* wanted = nullptr);
 
 // Two launches, and one for the gradient of each of weight and slopes. `workspace`: device memory
 // of that many bytes, aligned to 16, used until the launches have run.

@@ -5,7 +5,8 @@
 
 namespace torch_selfattn::kernels::cuda {
 
-cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream) {
+cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream,
+                              const std::uint8_t* wanted) {
   const AttentionProblem& p = call.problem;
   if (p.batch * p.heads * p.query_length == 0) return cudaSuccess;
   return dispatch(p, [&](auto instance) {
@@ -17,7 +18,7 @@ cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream)
     const std::int64_t blocks = p.batch * p.heads * tiles * slices;
     if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
     return launch(attention_forward_kernel<T, Score>, dim3(static_cast<unsigned>(blocks)),
-                  dim3(kThreads), Shape::kSharedBytes, stream, call);
+                  dim3(kThreads), Shape::kSharedBytes, stream, call, wanted);
   });
 }
 

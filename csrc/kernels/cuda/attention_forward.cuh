@@ -5,6 +5,7 @@
 // Forward, generic. Each block owns a tile of queries of one (batch, head) and a slice of at most
 // kWidth value columns; it goes over the tiles of keys that one of its queries may see:
 //   scores -> running maximum and sum of the rows -> weights to shared memory -> out += weights V.
+// With `wanted`, one byte per tile of queries, (B, H, tiles): only the tiles of which it is not 0.
 // Traffic: q, k and v once per query tile (k, v from L2 for all but the first), out and lse once.
 // Bound: FMA, 2 Lq Lk (E + Ev) FLOP; additive: see AdditiveScore.
 namespace torch_selfattn::kernels::cuda {
@@ -60,7 +61,8 @@ struct OnlineSoftmax {
 
 template <typename T, typename Score>
 __global__ void __launch_bounds__(kThreads)
-    attention_forward_kernel(const __grid_constant__ AttentionForward call) {
+    attention_forward_kernel(const __grid_constant__ AttentionForward call,
+                             const std::uint8_t* wanted) {
   using Acc = Accumulator<T>;
   using Shape = Tile<Acc>;
   constexpr int R = Shape::kPerThread;
@@ -74,8 +76,10 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t slice = index % slices;
   index /= slices;
   // The last tiles of a causal problem have the most keys, so they go first.
-  const std::int64_t first_query = (tiles - 1 - index % tiles) * Shape::kTokens;
+  const std::int64_t tile = tiles - 1 - index % tiles;
   index /= tiles;
+  if (wanted != nullptr && wanted[index * tiles + tile] == 0) return;
+  const std::int64_t first_query = tile * Shape::kTokens;
   const std::int64_t head = index % p.heads;
   const std::int64_t batch = index / p.heads;
   const std::int64_t kv_head = head / p.group_size();

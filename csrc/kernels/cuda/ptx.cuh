@@ -17,6 +17,14 @@ TSA_PTX std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew by each call, so that what follows from it is computed where it is used.
+// From threadIdx.x itself the compiler computes it before a loop, and keeps it in a register.
+TSA_PTX int thread_index_here() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 2^x and 1/x to 2 and 1 units in the last place; denormals count as 0.
 TSA_PTX float exp2_approx(float x) {
   float r;
@@ -53,6 +61,18 @@ TSA_PTX void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4],
       "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d = a b. Not the above with d = 0: this one takes no registers for zeros.
+template <typename T>
+TSA_PTX void mma_product_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4],
+                                  const std::uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<T, __nv_bfloat16>);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
 
 // Lane l gives the shared address of row l % 8 of matrix l / 8.
@@ -102,6 +122,8 @@ TSA_PTX std::uint32_t shared_address(const void* pointer) {
   return cuda_on_cpu::shared_address(pointer);
 }
 
+TSA_PTX int thread_index_here() { return static_cast<int>(threadIdx.x); }
+
 TSA_PTX float flush_denormal(float x) {
   return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;
 }
@@ -114,6 +136,12 @@ TSA_PTX void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std:
       std::is_same_v<T, __nv_bfloat16> ? cuda_on_cpu::mma_bf16 : cuda_on_cpu::mma_f16;
   cuda_on_cpu::MmaArguments arguments{d, a, {b[0], b[1]}};
   cuda_on_cpu::warp_collective(~0u, "mma.sync", operation, &arguments);
+}
+template <typename T>
+TSA_PTX void mma_product_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4],
+                                  const std::uint32_t (&b)[2]) {
+  for (float& x : d) x = 0;
+  mma_m16n8k16<T>(d, a, b);
 }
 TSA_PTX void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4],
                               const std::uint32_t (&b)[2]) {

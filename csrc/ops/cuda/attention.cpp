@@ -49,6 +49,7 @@ const ForwardImplementation forward_implementations[] = {
     {"cudnn", cudnn_not_supported, cudnn_forward},
     {"flash", flash_not_supported, flash_forward},
     {"efficient", efficient_not_supported, efficient_forward},
+    {kAdditiveGroup, additive_group_not_supported, additive_group_forward},
     {"generic", generic_not_supported, generic_forward},
 };
 
@@ -56,6 +57,7 @@ const BackwardImplementation backward_implementations[] = {
     {"cudnn", cudnn_backward_not_supported, nullptr},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
+    {kAdditiveGroup, additive_group_backward_not_supported, generic_backward},
     {"generic", generic_backward_not_supported, generic_backward},
 };
 

@@ -6,7 +6,8 @@
 #include "ops/attention.h"
 #include "ops/problem.h"
 
-// What may run a dense attention problem on CUDA, best first. Both passes choose for themselves:
+// What may run a dense attention problem on CUDA, best first; the generic kernels, which end both
+// lists, are in attention.cpp. Both passes choose for themselves:
 // (output, lse) is all that one leaves to the other, so they may take different implementations.
 namespace torch_selfattn::ops::cuda {
 
@@ -38,7 +39,7 @@ struct BackwardImplementation {
   void (*run)(const BackwardRequest&, BackwardResults&);
 };
 
-// PyTorch's fused kernels, without the generic one that ends both lists.
+// PyTorch's fused kernels.
 const char* cudnn_not_supported(const ForwardRequest& request);
 void cudnn_forward(const ForwardRequest& request, ForwardResults& results);
 const char* cudnn_backward_not_supported(const BackwardRequest& request);
@@ -52,5 +53,11 @@ const char* efficient_not_supported(const ForwardRequest& request);
 void efficient_forward(const ForwardRequest& request, ForwardResults& results);
 const char* efficient_backward_not_supported(const BackwardRequest& request);
 void efficient_backward(const BackwardRequest& request, BackwardResults& results);
+
+// Additive attention on tensor cores. Its forward only; the backward after it is the generic one.
+constexpr const char* kAdditiveGroup = "additive_group";
+const char* additive_group_not_supported(const ForwardRequest& request);
+void additive_group_forward(const ForwardRequest& request, ForwardResults& results);
+const char* additive_group_backward_not_supported(const BackwardRequest& request);
 
 }  // namespace torch_selfattn::ops::cuda

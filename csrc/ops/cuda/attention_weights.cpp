@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention.h"
 #include "ops/attention_weights_kernel.h"
 #include "ops/checks.h"
+#include "ops/cuda/attention_implementations.h"
 #include "ops/implementation_choice.h"
 
 // Host code only, as attention.cpp beside it.
@@ -40,6 +41,7 @@ const WeightsImplementation implementations[] = {
     {"cudnn", gives_no_weights, nullptr},
     {"flash", gives_no_weights, nullptr},
     {"efficient", gives_no_weights, nullptr},
+    {kAdditiveGroup, gives_no_weights, nullptr},
     {"generic", kernels::cuda::attention_weights_not_supported, generic_weights},
 };
 

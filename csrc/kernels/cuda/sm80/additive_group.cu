@@ -1,0 +1,99 @@
+#include "kernels/cuda/sm80/additive_group.h"
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_tile.cuh"
+#include "kernels/cuda/sm80/additive_group_extremes.cuh"
+#include "kernels/cuda/sm80/additive_group_forward.cuh"
+#include "kernels/cuda/sm80/additive_group_keys.cuh"
+
+namespace torch_selfattn::kernels::cuda::sm80 {
+
+static_assert(kRows == Tile<float>::kTokens);  // the generic kernel takes over tile by tile
+
+namespace {
+
+template <int width>
+struct Width {
+  static constexpr int value = width;
+};
+
+// body(Width<kWidth>()): the columns of the values, rounded up to what is compiled.
+template <typename Body>
+auto with_width(std::int64_t value_dim, Body&& body) {
+  if (value_dim <= 64) return body(Width<64>());
+  if (value_dim <= 128) return body(Width<128>());
+  return body(Width<kMostValues>());
+}
+
+std::int64_t shared_bytes(const AttentionProblem& p) {
+  const std::int64_t quads = GroupWorkspace::of(p, nullptr).quads;
+  return with_width(p.value_dim, [&](auto width) {
+    return GroupTile<decltype(width)::value>::shared_bytes(quads);
+  });
+}
+
+template <typename T>
+cudaError_t forward(const AttentionForward& call, void* memory, cudaStream_t stream) {
+  const AttentionProblem& p = call.problem;
+  const auto workspace = GroupWorkspace::of(p, memory);
+  const auto run = [&](auto kernel, std::int64_t blocks, int threads, std::int64_t bytes,
+                       const auto&... arguments) {
+    if (blocks == 0) return cudaSuccess;
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                  static_cast<std::size_t>(bytes), stream, arguments...);
+  };
+  const std::int64_t kv_rows = p.batch * p.kv_heads;
+  const std::int64_t feature_bytes =
+      workspace.features() * static_cast<std::int64_t>(sizeof(float));
+  cudaError_t error =
+      run(additive_group_extremes_kernel<T>, kv_rows * workspace.parts, kExtremesThreads,
+          2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace);
+  if (error != cudaSuccess) return error;
+  error = run(additive_group_keys_kernel<T>, kv_rows * workspace.key_tiles, kKeysThreads,
+              feature_bytes, p, workspace);
+  if (error != cudaSuccess) return error;
+  error = with_width(p.value_dim, [&](auto width) {
+    return run(additive_group_forward_kernel<T, decltype(width)::value>,
+               p.batch * p.heads * workspace.query_tiles, kForwardThreads, shared_bytes(p), call,
+               workspace);
+  });
+  if (error != cudaSuccess) return error;
+  return attention_forward(call, stream, workspace.redo);
+}
+
+}  // namespace
+
+const char* additive_group_not_supported(const AttentionProblem& p, const DeviceLimits& device) {
+  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
+    return "the inputs are not float16 or bfloat16";
+  }
+  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
+  if (p.head_dim < 1) return "the queries have no elements";
+  if (p.head_dim > kMostFeatures) return "the head dim of query and key is above 256";
+  if (p.value_dim > kMostValues) return "the head dim of value is above 256";
+  if (p.key_length == 0) return "there are no keys";
+  if (shared_bytes(p) > device.shared_bytes_per_block) {
+    return "this GPU has too little shared memory for these head dims";
+  }
+  const auto workspace = GroupWorkspace::of(p, nullptr);
+  const std::int64_t most = 0x7fffffff;
+  if (p.batch * p.heads * workspace.query_tiles > most ||
+      p.batch * p.kv_heads * workspace.key_tiles > most) {
+    return "more than 2^31 tiles of work, split the batch";
+  }
+  return attention_not_supported(p);  // the generic kernel must be able to take over
+}
+
+std::int64_t additive_group_workspace_bytes(const AttentionProblem& p) {
+  return GroupWorkspace::of(p, nullptr).bytes;
+}
+
+cudaError_t additive_group_forward(const AttentionForward& call, void* workspace,
+                                   cudaStream_t stream) {
+  if (call.problem.batch * call.problem.heads * call.problem.query_length == 0) return cudaSuccess;
+  return call.problem.dtype == DType::kFloat16 ? forward<__half>(call, workspace, stream)
+                                               : forward<__nv_bfloat16>(call, workspace, stream);
+}
+
+}  // namespace torch_selfattn::kernels::cuda::sm80

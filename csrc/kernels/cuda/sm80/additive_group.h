@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/common/attention_problem.h"
+
+// Additive attention, forward, by the group method on tensor cores (mma.sync, sm_80 and newer), for
+// float16 and bfloat16. docs/kernels.md derives the method and its range.
+namespace torch_selfattn::kernels::cuda::sm80 {
+
+struct DeviceLimits {
+  int capability_major = 0;
+  std::int64_t shared_bytes_per_block = 0;  // the most that a kernel may ask for
+};
+
+// Why these kernels cannot run the problem, or null.
+const char* additive_group_not_supported(const AttentionProblem& problem,
+                                         const DeviceLimits& device);
+
+// Four launches, the last of which is the generic kernel, for the tiles that the method leaves to
+// it. `workspace`: device memory of that many bytes, aligned to 16, used until they have run.
+std::int64_t additive_group_workspace_bytes(const AttentionProblem& problem);
+cudaError_t additive_group_forward(const AttentionForward& call, void* workspace,
+                                   cudaStream_t stream);
+
+}  // namespace torch_selfattn::kernels::cuda::sm80
