@@ -189,6 +189,8 @@ SETS: dict[str, list[Problem]] = {
         Problem("additive", 32, 4, 32, 32, 24),
         Problem("additive", 64, 1, 12, 16, 96),
     ],
+    # The shape by which CUDA kernels of the additive score are compared.
+    "additive_gpu": [_square("additive", 64, 1024, 64)],
     # Time against the pairs that are left.
     "masks": [
         Problem(op, 4, 2, 1024, 1024, 64, causal=mask == "causal", mask=mask.replace("causal", ""))

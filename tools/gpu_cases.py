@@ -1,7 +1,9 @@
 """Small problems on the GPU, forward and backward, for compute-sanitizer: every score, mask and
-dtype once, sizes that do not fill a tile. Each result is compared with the CPU's.
+dtype once, sizes that do not fill a tile; kernels that run by name only, by name. Each result is
+compared with the CPU's.
 """
 
+import contextlib
 import itertools
 import sys
 
@@ -11,6 +13,8 @@ import torch_selfattn
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 MASKS = ("none", "causal", "bool", "float", "lengths", "slopes")
+# Implementations that run by name only: the scores and dtypes that they have.
+BY_NAME = {"additive_group": ("additive", (torch.float16, torch.bfloat16))}
 
 
 def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -42,17 +46,22 @@ def options(mask: str, dtype: torch.dtype, device: str) -> dict[str, object]:
     return {}
 
 
-def run(score: str, mask: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+def run(
+    score: str, mask: str, dtype: torch.dtype, device: str, name: str = ""
+) -> list[torch.Tensor]:
+    """Output, weights and gradients; by name is the output alone."""
     tensors = {name: x.to(device).requires_grad_() for name, x in inputs(dtype).items()}
     query, key, value, weight = tensors.values()
     extra = options(mask, dtype, device)
-    if score == "dot":
-        out = torch_selfattn.dot_product_attention(query, key, value, enable_gqa=True, **extra)
-    else:
-        out = torch_selfattn.additive_attention(query, key, value, weight, enable_gqa=True, **extra)
+    extra["enable_gqa"] = True
+    with torch_selfattn.use_implementation(name) if name else contextlib.nullcontext():
+        if score == "dot":
+            out = torch_selfattn.dot_product_attention(query, key, value, **extra)
+        else:
+            out = torch_selfattn.additive_attention(query, key, value, weight, **extra)
     score_weight = None if score == "dot" else weight
     weights = torch_selfattn.attention_weights(
-        query, key, score_weight, enable_gqa=True, average_heads=True, **extra
+        query, key, score_weight, average_heads=True, **extra
     )
     (out.float().square().sum() + weights.float().square().sum()).backward()
     grads = [x.grad for x in tensors.values() if x.grad is not None]
@@ -61,17 +70,21 @@ def run(score: str, mask: str, dtype: torch.dtype, device: str) -> list[torch.Te
 
 def main() -> int:
     wrong = 0
-    for score, mask, dtype in itertools.product(("dot", "additive"), MASKS, TOLERANCE):
+    cases = [("", *case) for case in itertools.product(("dot", "additive"), TOLERANCE, MASKS)]
+    for name, (score, dtypes) in BY_NAME.items():
+        cases += [(name, *case) for case in itertools.product([score], dtypes, MASKS)]
+    for name, score, dtype, mask in cases:
         expected = run(score, mask, dtype, "cpu")
-        found = run(score, mask, dtype, "cuda")
+        found = run(score, mask, dtype, "cuda", name)
         scale = max(float(x.abs().max()) for x in expected)
         error = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / max(
             scale, 1.0
         )
-        good = error <= TOLERANCE[dtype]  # a NaN is not
+        # Those by name compute in bfloat16 inside.
+        good = error <= TOLERANCE[torch.bfloat16 if name else dtype]  # a NaN is not
         wrong += not good
         verdict = "ok" if good else "WRONG"
-        print(f"{score:9} {mask:8} {dtype!s:15} {error:.1e} {verdict}", flush=True)
+        print(f"{name:14} {score:9} {mask:8} {dtype!s:15} {error:.1e} {verdict}", flush=True)
     torch.cuda.synchronize()
     return 1 if wrong else 0
 

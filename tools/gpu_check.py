@@ -27,7 +27,7 @@ import torch_selfattn
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU, NO_CUDA_KERNELS = 3, 4
 # Seconds for each step; together under ten minutes.
-LIMITS = {"tests": 270, "memcheck": 90, "racecheck": 90, "benchmarks": 120}
+LIMITS = {"tests": 270, "memcheck": 90, "racecheck": 90, "benchmarks": 90, "additive": 50}
 
 
 def output_of(*command: str) -> str:
@@ -147,15 +147,24 @@ def run_steps(steps: Steps, out: Path) -> None:
                 python, ROOT / "tools/gpu_cases.py",
             )  # fmt: skip
 
-    lines = out / "benchmarks.jsonl"
-    lines.unlink(missing_ok=True)
-    result = steps.run(
-        "benchmarks", python, ROOT / "benchmarks/bench.py", "--set", "quick", "--device", "cuda",
-        "--output", lines,
-    )  # fmt: skip
-    if lines.exists():
-        result["lines"] = [json.loads(line) for line in lines.read_text().splitlines() if line]
-        lines.unlink()
+    benchmarks = {
+        "benchmarks": ("--set", "quick"),
+        # Kernels that run by name only.
+        "additive": (
+            "--set", "additive_gpu", "--dtype", "bfloat16",
+            "--against", "ours:additive_group", "compile",
+        ),
+    }  # fmt: skip
+    for name, arguments in benchmarks.items():
+        lines = out / f"{name}.jsonl"
+        lines.unlink(missing_ok=True)
+        result = steps.run(
+            name, python, ROOT / "benchmarks/bench.py", *arguments, "--device", "cuda",
+            "--output", lines,
+        )  # fmt: skip
+        if lines.exists():
+            result["lines"] = [json.loads(line) for line in lines.read_text().splitlines() if line]
+            lines.unlink()
 
 
 def main() -> int:

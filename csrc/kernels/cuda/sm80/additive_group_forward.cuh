@@ -10,16 +10,18 @@
 // each lane's where only that lane reads them. From there the warp decides for its rows how many
 // groups may share a reciprocal: 4, 2, or, for the whole block, that the generic kernel must do it.
 // Then steps of (tile of 64 keys, quad of 16 features) run through a ring of three stages, filled
-// by cp.async two steps ahead; after the last quad of a tile: bias, softmax with a running maximum,
-// dropout, weights V. A tile that the mask hides from all rows is passed over.
+// by cp.async two steps ahead; after the last quad of a tile: bias, softmax (with a running maximum
+// unless the scores are bounded), dropout, weights V. A tile that the mask hides from all rows is
+// passed over.
 // A block whose results are not all finite is also left to the generic kernel, which keeps NaN and
 // infinities of masked keys and values from spreading.
 //
 // Traffic: products of the keys, 128 bytes per key and quad, once per block (from L2); v as often;
 // q, out and lse once. Counts per warp for 16 x 8 pairs of one group (there are Lq Lk E / 512 of
-// these), in issue slots, four groups to a reciprocal: 2 MMA, 10 FMUL and FFMA, 1 MUFU, 0.5 LDS.128
-// and, per tile, 0.75 for the query's operands; 1.4 more for softmax, 0.3 for V at E = Ev = 64.
-// Bound: the tensor cores' rate for mma.sync, then issue slots; docs/kernels.md has the sum.
+// these), in issue slots, four groups to a reciprocal, sm_90a, E = Ev = 64: 14.8 in add_quad (2 MMA,
+// 10 FMUL and FFMA, 1 MUFU, 0.7 LDS.128, 0.5 HMUL2), 2.1 for a step of the ring, 2.9 per tile of
+// keys (softmax, V; 0.9 more with a running maximum), 1.1 for the prologue at 1024 keys.
+// Bound: issue slots, then the tensor cores' rate for mma.sync; docs/kernels.md has the sum.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // A denominator of joined groups is at least this, or fewer are joined: 2^-126 is the last normal
