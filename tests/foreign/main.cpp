@@ -1,7 +1,8 @@
 // foreign [scripted.pt exported.pt2]
 //
-// Trains a small encoder without Python, saves it to trained.pt and loads it again. The files hold the same module (x (B, L, 16), lengths (B)) -> (B, L, 16): the scripted one
-// runs forward and backward, the one of AOTInductor forward, with the same result.
+// Trains a small encoder without Python, saves it to trained.pt and loads it again. The files hold
+// one module, (x (B, L, 16), lengths (B)) -> (B, L, 16): scripted, it runs forward and backward;
+// compiled by AOTInductor, it gives the same.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
 #include <torch/torch.h>
