@@ -15,6 +15,7 @@ import torch
 import ways
 
 import torch_selfattn
+from torch_selfattn import integrations
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if p.exists())
@@ -224,7 +225,8 @@ def test_api_reference_has_every_public_name(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     pages = "".join(page.read_text() for page in (tmp_path / "html").glob("*.html"))
-    for module in (torch_selfattn, torch_selfattn.functional, torch_selfattn.nn):
+    public = (torch_selfattn, torch_selfattn.functional, torch_selfattn.nn, integrations)
+    for module in public:
         for name in module.__all__:
             object_ = getattr(module, name)
             home = getattr(object_, "__module__", None)
