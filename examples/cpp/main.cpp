@@ -19,10 +19,11 @@ struct ReverserImpl : torch::nn::Module {
   }
 
   torch::nn::Embedding embedding{10, 32};
-  nn::LearnedPositionalEncoding positions{8, 32};
+  nn::SinusoidalPositionalEncoding positions;
   nn::TransformerEncoder encoder{
       nn::TransformerEncoderLayer(
-          nn::TransformerEncoderLayerOptions(32, 4).dim_feedforward(64).batch_first(true)),
+          nn::TransformerEncoderLayerOptions(32, 4).dim_feedforward(64).dropout(0.0).batch_first(
+              true)),
       2};
   torch::nn::Linear output{32, 10};
 };
@@ -32,7 +33,7 @@ int main() {
   torch::manual_seed(0);
   Reverser model;
   torch::optim::Adam optimizer(model->parameters(), torch::optim::AdamOptions(3e-3));
-  for (int step = 0; step <= 400; ++step) {
+  for (int step = 0; step <= 200; ++step) {
     const auto digits = torch::randint(10, {32, 8}, torch::kLong);
     const auto loss = torch::cross_entropy_loss(model(digits).flatten(0, 1),  //
                                                 digits.flip(1).flatten());

@@ -34,6 +34,6 @@ def configure(build, *options, source=FOREIGN, **environment):
 
 def build_and_run(build, *arguments, program="foreign"):
     """In the build folder."""
-    built = run(cmake(), "--build", build)
+    built = run(cmake(), "--build", build, "--target", program)
     assert built.returncode == 0, built.stdout + built.stderr
     return run(build / program, *arguments, folder=build)

@@ -56,7 +56,7 @@ def test_foreign_project_builds_trains_and_runs(tmp_path, models):
     assert "scripted and exported agree" in result.stdout
     # What it saved is a state dict of Python's.
     made = torch_selfattn.nn.TransformerEncoder(
-        torch_selfattn.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+        torch_selfattn.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True), 2
     )
     made.load_state_dict(torch.load(tmp_path / "trained.pt", weights_only=True))
 
@@ -70,8 +70,8 @@ def test_example_trains_and_saves(tmp_path):
     result = build_and_run(tmp_path, program="reverser")
     assert result.returncode == 0, result.stdout + result.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.e-]+)", result.stdout)]
-    assert len(losses) == 5
-    assert losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 3
+    assert losses[-1] < 0.1 * losses[0]
     assert torch.load(tmp_path / "reverser.pt", weights_only=True)["output.bias"].shape == (10,)
 
 
