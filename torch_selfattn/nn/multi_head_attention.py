@@ -202,6 +202,14 @@ class MultiHeadAttention(nn.Module):
         if self.score_weight is not None:
             init_score_weight(self.score_weight)
 
+    def _query_size(self) -> int:
+        """Of a query's last dimension. (embed_dim may be that of some of the heads.)"""
+        weight = self.in_proj_weight
+        if weight is None:
+            weight = self.q_proj_weight
+        assert weight is not None
+        return weight.size(1)
+
     def _split_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         packed = self.in_proj_weight
         if packed is not None:
@@ -477,7 +485,7 @@ class MultiHeadAttention(nn.Module):
                     query_offsets,
                 )  # fmt: skip
         check_inputs(
-            query, key, value, key_padding_mask, attn_mask, self.embed_dim, self.num_heads,
+            query, key, value, key_padding_mask, attn_mask, self._query_size(), self.num_heads,
             self.in_proj_weight is not None, self.batch_first,
         )  # fmt: skip
         is_batched = query.dim() == 3
