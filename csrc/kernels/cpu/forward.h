@@ -339,8 +339,9 @@ class ForwardKernel {
         T* const s = row + begin;
         if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
         if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
-        if (p.mask_kind != MaskKind::kNone)
+        if (p.mask_kind != MaskKind::kNone) {
           add_mask_row(p, b, h, i, block.first + begin, n, zeros, s);
+        }
         std::int64_t j = 0;
         for (; j + lanes <= n; j += lanes) {
           const Vec<T> score = load(s + j);

@@ -13,12 +13,11 @@ namespace torch_selfattn::ops {
 // pages take longer than the stores. Only advice: where it is not followed nothing changes.
 inline void prefer_huge_pages([[maybe_unused]] const at::Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
+  constexpr size_t page = size_t{2} << 20;
   if (!t.defined() || t.nbytes() < 2 * page) return;
-  const auto first = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t begin = (first + page - 1) / page * page;
-  const uintptr_t end = (first + t.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  char* const data = static_cast<char*>(t.data_ptr());
+  const size_t before = (page - reinterpret_cast<uintptr_t>(data) % page) % page;
+  madvise(data + before, (t.nbytes() - before) / page * page, MADV_HUGEPAGE);
 #endif
 }
 
