@@ -299,7 +299,7 @@ FAULTS = [
         "true",
         "asan",
         "group odd sizes",
-        "heap-buffer-overflow",
+        "AddressSanitizer",
     ),
 ]
 
