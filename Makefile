@@ -117,7 +117,7 @@ test-tsan: $(ENVIRONMENT) ## the CPU kernels under ThreadSanitizer
 
 .PHONY: gpu-check
 gpu-check: build ## on a machine with a GPU: tests, compute-sanitizer, benchmarks
-	@$(RUN) $(ROOT)/tools/gpu_check.py $(if $(OUT),--out $(abspath $(OUT))) $(ARGS)
+	@$(RUN) $(ROOT)/tools/gpu_check.py --build $(ROOT)/$(BUILD) $(if $(OUT),--out $(abspath $(OUT))) $(ARGS)
 
 # How the above get what they need.
 

@@ -1,9 +1,9 @@
 """make gpu-check: everything that needs a GPU, in under ten minutes, on a machine that has one.
 
-    python tools/gpu_check.py [--out gpu-check]
+    python tools/gpu_check.py [--out gpu-check] [--build build/torch-2.14.1]
 
-Runs the tests marked `cuda`, compute-sanitizer on a short list (where it is installed) and the
-quick benchmarks. Writes gpu-check.json (results) and gpu-check.log (all output) into --out.
+Runs the tests of the kernels that the emulation on the CPU runs too, the tests marked `cuda`,
+compute-sanitizer on a short list (where it is installed) and the quick benchmarks. Writes gpu-check.json (results) and gpu-check.log (all output) into --out.
 Exit code: 0 all good, 1 something failed, 3 no usable GPU, 4 a library without CUDA kernels.
 """
 
@@ -27,7 +27,9 @@ import torch_selfattn
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU, NO_CUDA_KERNELS = 3, 4
 # Seconds for each step; together under ten minutes.
-LIMITS = {"tests": 270, "memcheck": 90, "racecheck": 90, "benchmarks": 90, "additive": 50}
+LIMITS = {
+    "kernels": 60, "tests": 270, "memcheck": 60, "racecheck": 60, "benchmarks": 80, "additive": 50,
+}  # fmt: skip
 
 
 def output_of(*command: str) -> str:
@@ -81,8 +83,9 @@ class Steps:
         position = Path(self.log.name).stat().st_size
         try:
             status = subprocess.run(
-                words, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT, timeout=LIMITS[name]
-            ).returncode
+                words, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT,
+                timeout=LIMITS[name.split(".")[0]],
+            ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = None
         result = {
@@ -125,14 +128,20 @@ def find_compute_sanitizer() -> str | None:
     return found
 
 
-def run_steps(steps: Steps, out: Path) -> None:
+def run_steps(steps: Steps, out: Path, build: Path | None) -> None:
     python = sys.executable
+    programs = sorted(build.glob("tests/cuda_on_cpu/gpu/gpu.*")) if build is not None else []
+    for program in programs:
+        steps.run(f"kernels.{program.name.removeprefix('gpu.')}", program)
+    if not programs:
+        steps.skip("kernels", "there is no --build with them")
+
     tests = ROOT / "tests/python"
     report = out / "tests.xml"
     report.unlink(missing_ok=True)
     result = steps.run(
         "tests", python, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
-        "-m", "cuda", "-p", "no:cacheprovider", f"--junit-xml={report}", tests,
+        "-m", "cuda", "-n", str(min(8, os.cpu_count() or 1)), "-p", "no:cacheprovider", f"--junit-xml={report}", tests,
     )  # fmt: skip
     result.update(count_tests(report))
     report.unlink(missing_ok=True)
@@ -170,7 +179,9 @@ def run_steps(steps: Steps, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-check")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--build", type=Path, help="a build folder with the tests of the kernels")
+    options = parser.parse_args()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
 
     start = time.monotonic()
@@ -182,7 +193,7 @@ def main() -> int:
             document["gpu"] = gpu()
             print(f"GPU: {document['gpu']}", flush=True)
             if torch_selfattn._C.cuda:
-                run_steps(steps, out)
+                run_steps(steps, out, options.build)
                 verdicts = [step["good"] for step in steps.results.values()]
                 code, verdict = (1, "failed") if False in verdicts else (0, "good")
             else:

@@ -5,7 +5,6 @@ namespace {
 
 using namespace attention_testing;
 
-constexpr auto kDot = ScoreKind::kDotProduct;
 constexpr auto kAdditive = ScoreKind::kAdditive;
 constexpr auto kF64 = DType::kFloat64;
 constexpr auto kF32 = DType::kFloat32;

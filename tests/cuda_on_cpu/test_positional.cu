@@ -1,6 +1,8 @@
 // The CUDA kernels of the positional encodings against the formulas in double, over layouts that
 // take the packed path and layouts that must not.
 // Length: five kernels that share layouts, positions and the comparison.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <utility>
