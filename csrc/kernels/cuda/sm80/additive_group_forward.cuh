@@ -19,9 +19,10 @@
 // Traffic: products of the keys, 128 bytes per key and quad, once per block (from L2); v as often;
 // q, out and lse once. Counts per warp for 16 x 8 pairs of one group (there are Lq Lk E / 512 of
 // these), in issue slots, four groups to a reciprocal, sm_90a, E = Ev = 64: 14.8 in add_quad (2
-// MMA, 10 FMUL and FFMA, 1 MUFU, 0.7 LDS.128, 0.5 HMUL2), 2.1 for a step of the ring, 2.9 per tile
-// of keys (softmax, V; 0.9 more with a running maximum), 1.1 for the prologue at 1024 keys. Bound:
-// issue slots, then the tensor cores' rate for mma.sync; docs/kernels.md has the sum.
+// MMA, 10 FMUL and FFMA, 1 MUFU, 0.7 LDS.128, 0.5 HMUL2), 1.6 for steps, 3.3 per tile of keys
+// (softmax, V; 0.9 more with a running maximum), 1.2 for the prologue and the end at 1024 keys.
+// Bound: latency, with three warps to a scheduler, then issue slots; docs/kernels.md has what was
+// measured.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // A denominator of joined groups is at least this, or fewer are joined: 2^-126 is the last normal
