@@ -44,7 +44,10 @@ class Program:
 
 PROGRAMS = {
     "attention": Program(
-        ("test_attention.cu", "test_attention_weights.cu"), GENERIC, (), "kFloat32"
+        ("test_attention.cu", "test_attention_weights.cu"),
+        GENERIC,
+        ("sm80/additive_group",),
+        "kFloat32",
     ),
     "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), GENERIC, "kBFloat16"),
 }
