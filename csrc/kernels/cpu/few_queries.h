@@ -108,7 +108,7 @@ class DotScoreInPlace {
  public:
   using Operand = Elements<Scalar>;
   using T = Scalar;
-  static constexpr int kGroupRows = kTileRows;
+  static constexpr int kGroupRows = Operand::kTileRows;
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = true;
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }

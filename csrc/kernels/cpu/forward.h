@@ -60,6 +60,7 @@ class ForwardKernel {
     const bool causal = p_.window_right >= 0;
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
+      const typename Operand::Session session;
       // Causal: the last rows have the most keys, so they go first.
       const std::int64_t split = t % splits_;
       const std::int64_t rest = t / splits_;
@@ -94,7 +95,7 @@ class ForwardKernel {
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     if (p_.query_length <= kMaxBlockRows && units >= 16) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
-    block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, kTileRows);
+    block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
     block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     if (Score::kInPlace) block_rows_ = p_.query_length;
@@ -283,7 +284,7 @@ class ForwardKernel {
       for (; first < all.end; first += k.block_keys_) {
         TileRanges<T>& tile = *buffer.tile;
         const std::int64_t keys = smaller(k.block_keys_, all.end - first);
-        tile.template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first, keys);
+        tile.template compute<kGroupRows, Operand::kStep>(*buffer.ranges, rows, first, keys);
         if (p.mask_kind != MaskKind::kNone) {
           const auto offset = [&](std::int64_t r) {
             return mask_offset(p, b, head(r), query(r), first);

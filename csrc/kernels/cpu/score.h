@@ -53,7 +53,7 @@ class DotScore {
   using Operand = OperandT;
   using T = typename Operand::Scalar;
   static constexpr ScoreKind kKind = ScoreKind::kDotProduct;
-  static constexpr int kGroupRows = kTileRows;
+  static constexpr int kGroupRows = Operand::kTileRows;
   // Keys are the same for all query heads of a group.
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = false;  // keys are packed into panels

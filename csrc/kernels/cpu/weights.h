@@ -49,6 +49,7 @@ class WeightsKernel {
       });
     }
     parallel_.run(p_.batch * matrices_ * blocks_, [&](std::int64_t t, int thread) {
+      const typename Score::Operand::Session session;
       const std::int64_t matrix = t / blocks_ % matrices_;
       Task task{*this, buffers(thread), t / blocks_ / matrices_, t % blocks_ * block_rows_};
       task.run(matrix * together_, (matrix + 1) * together_);
