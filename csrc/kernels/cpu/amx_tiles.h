@@ -19,7 +19,8 @@
 // Sums go on in steps of 16 words. So operands are packed in whole steps, zeros behind (kStep), and
 // whole steps of scores are written. A, transposed, is not a tile: sums over the rows of a tile of
 // scores, those of dk and dv, take it as the right operand instead and come out transposed
-// (kTransposes, add_transposed in score_gradient.h).
+// (kTransposes, add_over_rows in score_gradient.h). Nor can sums be scaled on their way to memory:
+// the softmax does it (kFinishes).
 #if defined(__AMX_BF16__)
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
@@ -34,7 +35,10 @@ struct alignas(64) TileConfiguration {
 struct Bfloat16Tiles : Bfloat16Pairs {
   static constexpr int kTileRows = 32;
   static constexpr int kStep = 32;
+  // Twice as many as for others: where products cost little, a row of a tile of scores does.
+  static constexpr std::int64_t kBlockKeys = 512;
   static constexpr bool kTransposes = true;
+  static constexpr bool kFinishes = false;
 
   static constexpr std::int64_t words(std::int64_t n) { return round_up(n, kStep) / kPack; }
 

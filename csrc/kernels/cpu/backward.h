@@ -444,7 +444,7 @@ class BackwardKernel {
     }
     void load_factors(const Gradient& gradient) const {
       for (std::int64_t d = 0; d < k.query_width_; ++d) {
-        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor(d) : T(0);
+        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor_of_sums(d) : T(0);
       }
     }
     // The sums become this group's part of dw of the head.
@@ -501,7 +501,8 @@ class BackwardKernel {
       double total = 0.0;
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t g = r / kGroupRows;
-        if (!tile.group_is_empty(g)) total += softmax_row(b, h, i0 + r, r, g, first, zeros);
+        if (tile.group_is_empty(g)) continue;
+        total += softmax_row(gradient, b, h, i0 + r, r, g, first, zeros);
       }
       add_mask_gradient(b, h, i0, rows, first, keys);
       if constexpr (kPacksTwice) pack_tile(tile, rows);
@@ -570,8 +571,8 @@ class BackwardKernel {
 
     // Row r of the tile: scores and dP become f p and G; 0 for keys that the row may not see, in
     // all panels that its group has touched. Returns sum G.
-    T softmax_row(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t r, std::int64_t g,
-                  std::int64_t first, Zeros zeros) {
+    T softmax_row(const Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i,
+                  std::int64_t r, std::int64_t g, std::int64_t first, Zeros zeros) {
       const TileRanges<T>& tile = *buffer.tile;
       T* const weights = buffer.weights + r * k.score_ld_;
       T* const grads = buffer.grad_scores + r * k.score_ld_;
@@ -581,8 +582,8 @@ class BackwardKernel {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = empty ? begin : larger(begin, smaller(tile.end[r], span.end));
         if (begin < end) {
-          total += softmax_span(b, h, i, first + begin, end - begin, weights + begin, grads + begin,
-                                zeros);
+          total += softmax_span(gradient, b, h, i, first + begin, end - begin, weights + begin,
+                                grads + begin, zeros);
         }
         const std::int64_t panels_begin = span.begin / kPanel<T> * kPanel<T>;
         const std::int64_t panels_end = round_up(span.end, kPanel<T>);
@@ -595,14 +596,19 @@ class BackwardKernel {
     }
 
     // The n pairs of query i and the keys from `key`: scores w become f p, dP in x becomes G.
-    Vec<T> softmax_span(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t key,
-                        std::int64_t n, T* w, T* x, Zeros zeros) {
+    Vec<T> softmax_span(const Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i,
+                        std::int64_t key, std::int64_t n, T* w, T* x, Zeros zeros) {
       constexpr int lanes = kLanes<T>;
       const AttentionProblem& p = k.p_;
       const std::int64_t row = k.first_row(b, h) + i;
       const T shift = k.lse_[row];
       const T norm = k.norm_[row];
-      if (k.huge_[row] != 0) {
+      const bool huge = k.huge_[row] != 0;
+      const bool changes =
+          huge || zeros == Zeros::kSkip || alibi.active || p.mask_kind != MaskKind::kNone;
+      const auto scaled = gradient.scale_of_products(changes);
+      if (changes) gradient.scale_products(w, n);
+      if (huge) {
         // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.
         for (std::int64_t j = 0; j < n; ++j) {
           if (w[j] > -kExact && w[j] < kExact) continue;
@@ -620,7 +626,7 @@ class BackwardKernel {
       Vec<T> smallest{};
       for (std::int64_t j = 0; j < n; j += lanes) {
         const std::int64_t left = n - j;
-        const Vec<T> score = load_up_to(w + j, left);
+        const Vec<T> score = scaled(load_up_to(w + j, left));
         smallest = at_most(score, smallest);
         Vec<T> weight = exp2<T>(score - splat(shift)) * splat(norm);
         if (left < lanes) weight = first_lanes<T>(weight, left, Vec<T>{});

@@ -104,7 +104,7 @@ inline T score_key_in_place(const T* query, const typename Storage<dtype>::type*
 
 // scale q . k against keys where they are.
 template <typename Scalar>
-class DotScoreInPlace {
+class DotScoreInPlace : public FinishedScores<Scalar> {
  public:
   using Operand = Elements<Scalar>;
   using T = Scalar;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/operand.h"
@@ -80,22 +79,13 @@ TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t a_stri
   }
 }
 
-// The same by tiles, whose sums `finish` takes from memory.
+// The same by tiles.
 template <typename Operand, int kVectors, bool kAdd, bool kUnitDepth,
-          typename T = typename Operand::Scalar, typename Finish = Unchanged<T>>
+          typename T = typename Operand::Scalar>
   requires(Operand::kTransposes && kUnitDepth)
 TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t lda, const T* b,
-                              std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc,
-                              Finish finish = {}) {
+                              std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc) {
   Operand::template multiply<kVectors, kAdd>(rows, a, lda, kLanes<T>, b, ldb, depth, c, ldc);
-  if constexpr (!std::is_same_v<Finish, Unchanged<T>>) {
-    for (std::int64_t i = 0; i < rows; ++i, c += ldc) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        store(c + v * kLanes<T>, finish(load(c + v * kLanes<T>)));
-      }
-    }
-  }
 }
 
 // The same sum, where a pair with A(i, k) = 0 contributes nothing even if B(k, :) holds NaN or inf.

@@ -28,7 +28,9 @@ struct VectorProducts {
 #else
   static constexpr int kTileRows = 4;
 #endif
-  static constexpr bool kTransposes = false;  // the left operand must lie along rows
+  static constexpr std::int64_t kBlockKeys = 256;  // of a tile of scores in forward
+  static constexpr bool kTransposes = false;       // the left operand must lie along rows
+  static constexpr bool kFinishes = true;          // a sum can be changed before it is stored
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
 };
@@ -116,9 +118,12 @@ struct Bfloat16Pairs : VectorProducts {
   }
   static const float* in_place(const Rows& /*rows*/) { return nullptr; }
 
-  // Words of columns j, j + 1 of one row from the 2 x kLanes numbers from `from` on.
+  // Words of columns j, j + 1 of one row from 2 x kLanes columns.
+  static TSA_INLINE VecF round_along(VecF first, VecF second) {
+    return (VecF)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
   static TSA_INLINE VecF round_along(const float* from) {
-    return (VecF)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes<float>), (__m512)load(from));
+    return round_along(load(from), load(from + kLanes<float>));
   }
   // Words of two rows: low halves from a, high halves from b.
   static TSA_INLINE VecF round_across(VecF a, VecF b) {

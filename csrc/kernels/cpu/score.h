@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/cpu/gemm.h"
@@ -45,10 +46,33 @@ template <typename T>
   }
 }
 
+// What the softmax does to scores before it takes them. Mostly nothing; where products are stored
+// before they can be scaled (kFinishes), it multiplies them as it reads them, or in a pass of its
+// own if they are changed otherwise too.
+template <typename T>
+struct FinishedScores {
+  Unchanged<T> scale_of_products(bool /*scaled*/) const { return {}; }
+  void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
+};
+template <typename T>
+struct UnfinishedScores {
+  Vec<T> factor;
+
+  // For products that have passed through scale_products, or have not.
+  Scaled<T> scale_of_products(bool scaled) const { return {scaled ? splat(T(1)) : factor}; }
+  void scale_products(T* products, std::int64_t n) const {
+    for (std::int64_t j = 0; j < n; j += kLanes<T>) {
+      store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);
+    }
+  }
+};
+template <typename Operand, typename T = typename Operand::Scalar>
+using DotProducts = std::conditional_t<Operand::kFinishes, FinishedScores<T>, UnfinishedScores<T>>;
+
 // scale q . k: a matrix product. scale * log2 e is in the packed queries where these are copies of
 // the elements, else it is applied to the product.
 template <typename OperandT>
-class DotScore {
+class DotScore : public DotProducts<OperandT> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
@@ -66,7 +90,9 @@ class DotScore {
   static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
   DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/)
-      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {}
+      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {
+    if constexpr (!Operand::kFinishes) this->factor = factor_;
+  }
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
@@ -74,7 +100,7 @@ class DotScore {
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     pack_along_rows<Operand>(query, i, rows, queries);
-    if constexpr (!kScalesProduct) {
+    if constexpr (kScalesQueries) {
       const std::int64_t size = rows * query_size(p_.head_dim);
       for (std::int64_t d = 0; d < size; d += kLanes<T>) {
         store(queries + d, load(queries + d) * factor_);
@@ -102,7 +128,8 @@ class DotScore {
 
  private:
   // A word of several elements cannot be scaled without rounding.
-  static constexpr bool kScalesProduct = Operand::kPack > 1;
+  static constexpr bool kScalesProduct = Operand::kPack > 1 && Operand::kFinishes;
+  static constexpr bool kScalesQueries = Operand::kPack == 1;
 
   const AttentionProblem& p_;
   Vec<T> factor_;
@@ -169,7 +196,7 @@ template <typename T, int kRows, Join join>
 }
 
 template <typename OperandT>
-class AdditiveScore {
+class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;

@@ -111,7 +111,7 @@ inline void add_over_rows(const TileRanges<T>& ranges, std::int64_t rows, std::i
 
 // dq += G k, dk += G^T q: two matrix products.
 template <typename OperandT>
-class DotGradient {
+class DotGradient : public DotProducts<OperandT> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
@@ -129,7 +129,9 @@ class DotGradient {
       : p_(p),
         width_(padded<T>(p.head_dim)),
         scale_{splat(static_cast<T>(p.scale * Math<double>::log2e))},
-        buffer_(buffer) {}
+        buffer_(buffer) {
+    if constexpr (!Operand::kFinishes) this->factor = scale_.factor;
+  }
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
@@ -137,10 +139,10 @@ class DotGradient {
   void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
                  T* /*bounds*/) {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
-    if constexpr (kScalesProduct) {
-      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
-    } else {
+    if constexpr (kScalesKeys) {
       pack_panels<Operand>(key, first, n, panels, scale_);
+    } else {
+      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
     }
     if (const T* const in_place = Operand::in_place(key)) {
       key_ = in_place + first * key.row_stride;
@@ -190,10 +192,12 @@ class DotGradient {
   }
 
   // dq and dk are the sums times this.
-  T factor(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
+  T factor_of_sums(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
 
  private:
-  static constexpr bool kScalesProduct = Operand::kPack > 1;  // as in DotScore
+  // As in DotScore.
+  static constexpr bool kScalesProduct = Operand::kPack > 1 && Operand::kFinishes;
+  static constexpr bool kScalesKeys = Operand::kPack == 1;
 
   const AttentionProblem& p_;
   std::int64_t width_;
@@ -275,7 +279,7 @@ template <typename T, int kRows, Join join, Zeros zeros>
 }
 
 template <typename OperandT>
-class AdditiveGradient {
+class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
@@ -351,7 +355,7 @@ class AdditiveGradient {
     }
   }
 
-  T factor(std::int64_t d) const {
+  T factor_of_sums(std::int64_t d) const {
     const double w = load_element<T>(
         p_.dtype, p_.weight,
         b_ * p_.weight_stride[0] + h_ * p_.weight_stride[1] + d * p_.weight_stride[2]);
