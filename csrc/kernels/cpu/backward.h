@@ -606,7 +606,7 @@ class BackwardKernel {
       const bool huge = k.huge_[row] != 0;
       const bool changes =
           huge || zeros == Zeros::kSkip || alibi.active || p.mask_kind != MaskKind::kNone;
-      const auto scaled = gradient.scale_of_products(changes);
+      const auto scaled = gradient.scale(changes);
       if (changes) gradient.scale_products(w, n);
       if (huge) {
         // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.

@@ -235,9 +235,9 @@ class ForwardKernel {
                            buffer.queries + r * Score::query_size(p.head_dim));
       }
       attend(buffer, score, rows, Zeros::kMultiply);
-      if (!finish(buffer, rows)) {
+      if (!finish(buffer, score, rows, Zeros::kMultiply)) {
         attend(buffer, score, rows, Zeros::kSkip);
-        finish(buffer, rows);
+        finish(buffer, score, rows, Zeros::kSkip);
       }
     }
 
@@ -333,18 +333,16 @@ class ForwardKernel {
         largest[x] = at_least(score, largest[x]);
         smallest[x] = at_most(score, smallest[x]);
       }
-      // n scores as score(j, n - j) loads them.
-      template <typename Load>
-      TSA_INLINE void add_all(const T* s, std::int64_t n, const Load& scaled) {
+      TSA_INLINE void add_all(const T* s, std::int64_t n) {
         constexpr std::int64_t lanes = kLanes<T>;
         std::int64_t j = 0;
         for (; j + 4 * lanes <= n; j += 4 * lanes) {
 #pragma GCC unroll 4
-          for (int x = 0; x < 4; ++x) add(x, scaled(load(s + j + x * lanes)));
+          for (int x = 0; x < 4; ++x) add(x, load(s + j + x * lanes));
         }
-        for (; j + lanes <= n; j += lanes) add(0, scaled(load(s + j)));
+        for (; j + lanes <= n; j += lanes) add(0, load(s + j));
         if (j == n) return;
-        const Vec<T> score = scaled(load_first(s + j, n - j));
+        const Vec<T> score = load_first(s + j, n - j);
         largest[1] = at_least(first_lanes<T>(score, n - j, largest[1]), largest[1]);
         smallest[1] = at_most(first_lanes<T>(score, n - j, smallest[1]), smallest[1]);
       }
@@ -358,6 +356,12 @@ class ForwardKernel {
       }
     };
 
+    // Whether scores are changed between the product and the softmax; else it scales them.
+    bool changes_scores(const Score& score, Zeros zeros) const {
+      return zeros == Zeros::kSkip || k.p_.slopes != nullptr || k.p_.mask_kind != MaskKind::kNone ||
+             score.needs_pass();
+    }
+
     // Scores of row r become weights relative to the row's running maximum; 0 for keys that the row
     // may not see but its group does.
     void softmax_row(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
@@ -368,8 +372,8 @@ class ForwardKernel {
       const std::int64_t h = head(r);
       const std::int64_t i = query(r);
       const Alibi<T> alibi(p, b, h);
-      const bool changes = zeros == Zeros::kSkip || alibi.active || p.mask_kind != MaskKind::kNone;
-      const auto scaled = score.scale_of_products(changes);
+      const bool changes = changes_scores(score, zeros);
+      const auto scaled = score.scale(changes);
       Extremes extremes;
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, tile.begin[r]);
@@ -384,15 +388,13 @@ class ForwardKernel {
             add_mask_row(p, b, h, i, block.first + begin, n, zeros, s);
           }
         }
-        extremes.add_all(s, n, scaled);
+        extremes.add_all(s, n);
       }
-      // Have scores repaired that overflowed. -inf is one without a mask, else a hidden key.
-      const T largest = extremes.maximum();
-      if (largest == infinity<T>() ||
-          (p.mask_kind == MaskKind::kNone && extremes.minimum() == -infinity<T>())) {
+      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
+      if (p.mask_kind == MaskKind::kNone && extremes.minimum() == -infinity<T>()) {
         buffer.total[r] = infinity<T>();
       }
-      const T maximum = raise_maximum(buffer, r, largest);
+      const T maximum = raise_maximum(buffer, r, extremes.maximum(), scaled);
       // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
       const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
       Vec<T> sum{};
@@ -420,12 +422,13 @@ class ForwardKernel {
     }
 
     // The running maximum of row r, which what has been added up so far is put relative to.
-    T raise_maximum(Buffers& buffer, std::int64_t r, T largest) const {
+    template <typename Scale>
+    T raise_maximum(Buffers& buffer, std::int64_t r, T largest, const Scale& scaled) const {
       const T before = buffer.maximum[r];
       if (!(largest > before)) return before;
       buffer.maximum[r] = largest;
       if (before != -infinity<T>()) {
-        const T factor = exp2_of(before - largest);
+        const T factor = exp2_of(scaled(splat(before - largest))[0]);
         buffer.total[r] *= factor;
         T* const sums = buffer.sums + r * k.width_;
         for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
@@ -451,13 +454,13 @@ class ForwardKernel {
       }
     }
 
-    // 2^(score - shift) of keys [begin, end) in their place, or packed; the lanes of their sum.
-    template <bool kPacks, typename Scaled>
-    static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scaled& scaled,
+    // 2^(score - maximum) of keys [begin, end) in their place, or packed; the lanes of their sum.
+    template <bool kPacks, typename Scale>
+    static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scale& scaled,
                                Vec<T> shift) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        return exp2<T>(scaled(load(row + j)) - shift);
+        return exp2<T>(scaled(load(row + j) - shift));
       };
       T* words = row + begin / Operand::kPack;
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
@@ -520,17 +523,19 @@ class ForwardKernel {
     }
 
     // Writes the rows; false if a result is not finite.
-    bool finish(Buffers& buffer, std::int64_t rows) {
+    bool finish(Buffers& buffer, const Score& score, std::int64_t rows, Zeros zeros) {
       const AttentionProblem& p = k.p_;
+      const auto scaled = score.scale(changes_scores(score, zeros));
       Vec<T> check{};  // x - x is NaN if x is not finite
       for (std::int64_t r = 0; r < rows; ++r) {
         const T total = buffer.total[r];
+        const T maximum = scaled(splat(buffer.maximum[r]))[0];
         T* const sums = buffer.sums + r * k.width_;
         const std::int64_t row = (b * p.heads + head(r)) * p.query_length + query(r);
-        check[0] += total - total;
+        check[0] += total == T(0) ? T(0) : (total - total) + (maximum - maximum);
         if (k.splits_ > 1) {
           const std::int64_t to = row * k.splits_ + split;
-          k.partial_max_[to] = buffer.maximum[r];
+          k.partial_max_[to] = maximum;
           k.partial_total_[to] = total;
           for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
             const Vec<T> x = load(sums + d);
@@ -545,7 +550,7 @@ class ForwardKernel {
           check += x - x;
           store(sums + d, x);
         }
-        k.write_row(b, head(r), query(r), sums, buffer.maximum[r], total);
+        k.write_row(b, head(r), query(r), sums, maximum, total);
       }
       return sum_lanes<T>(check) == T(0);
     }

@@ -46,25 +46,27 @@ template <typename T>
   }
 }
 
-// What the softmax does to scores before it takes them. Mostly nothing; where products are stored
-// before they can be scaled (kFinishes), it multiplies them as it reads them, or in a pass of its
-// own if they are changed otherwise too.
+// What the softmax finds: scores, or products that could not be scaled on their way to memory
+// (kFinishes). It scales those as it reads them, or in a pass of their own before they are changed
+// in another way.
 template <typename T>
 struct FinishedScores {
-  Unchanged<T> scale_of_products(bool /*scaled*/) const { return {}; }
+  bool needs_pass() const { return false; }
   void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
+  // For what has not been through scale_products, or has.
+  Unchanged<T> scale(bool /*done*/) const { return {}; }
 };
 template <typename T>
 struct UnfinishedScores {
   Vec<T> factor;
 
-  // For products that have passed through scale_products, or have not.
-  Scaled<T> scale_of_products(bool scaled) const { return {scaled ? splat(T(1)) : factor}; }
+  bool needs_pass() const { return factor[0] < T(0); }  // for the largest is the least then
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
       store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);
     }
   }
+  Scaled<T> scale(bool done) const { return {done ? splat(T(1)) : factor}; }
 };
 template <typename Operand, typename T = typename Operand::Scalar>
 using DotProducts = std::conditional_t<Operand::kFinishes, FinishedScores<T>, UnfinishedScores<T>>;
