@@ -54,8 +54,10 @@ const char* avx512bf16_not_supported(const AttentionProblem& problem) {
 }
 
 const char* amx_not_supported(const AttentionProblem& problem) {
+  static const bool has_amx = cpu_has_amx();
+  if (!has_amx) return "this CPU has no AMX for bfloat16";
   if (const char* const reason = avx512bf16_not_supported(problem)) return reason;
-  return amx_not_usable();
+  return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
 #endif
 
