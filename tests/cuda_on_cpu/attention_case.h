@@ -190,7 +190,8 @@ inline bool has_group_gradients(const Case& c) {
 }
 
 inline double tolerance(const Case& c) {
-  if (is_group(c) || has_group_gradients(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
+  if (has_group_gradients(c)) return 4e-2;
+  if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
   switch (c.dtype) {
     case DType::kFloat64: return 1e-11;
     case DType::kFloat32: return 1e-5;

@@ -71,6 +71,7 @@ const Case cases[] = {
      .key_length = 35,
      .head_dim = 192,
      .value_dim = 30,
+     .weight_magnitude = 0.5,
      .shared_kib = 227},
     {.name = "group gradients no values", .value_dim = 0},
     {.name = "group gradients little shared memory",

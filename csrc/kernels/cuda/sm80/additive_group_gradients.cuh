@@ -20,10 +20,13 @@
 // Before, dP of a tile of 32 columns is made by the same warps.
 //
 // Where all features are saturated, W_s and num/den are nearly the same number, and the difference
-// of a and b would be their rounding errors. So num/den is rounded after a constant c of the group
-// was subtracted, w times the mean tanh, from which it differs little then; and W_s phi_x^s is
-// taken as rounded in the operand of num, so that the two cancel as in the scores.
+// of a and b would be their rounding errors, and those of the scores would be alike for all
+// columns. So a constant c of the group is subtracted from its W_s, and with it from num/den: w
+// times the mean tanh, from which num/den differs little then. And W_s phi_x^s is taken as rounded
+// in the operand of num, so that the two cancel as in the scores.
 //
+// The p of a query add up to 1. The blocks of queries divide by what they add up to instead, and
+// leave it for the blocks of keys. More than a little off, and the generic kernel takes over.
 // The g of a query add up to the gradient of its lse. What sum_s phi^s a_s says instead is an error
 // of rounded numbers, most of which all features share: so it is taken out of dq and dw, times what
 // 1 - tanh^2 and tanh are on average, roughly.
@@ -139,6 +142,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
   // The rows' operands. Stripes beyond the last one take that one, and write nothing.
   const std::int64_t all_stripes = kOwnsKeys ? workspace.key_stripes : workspace.query_stripes;
   const std::int64_t stripe_index = owner.first_row / kStripe + stripe;
+  const bool stripe_exists = stripe_index < all_stripes;
   const std::int64_t stripe_row = kOwnsKeys ? kv_row : owner.batch * p.heads + owner.first_head;
   {
     const uint4* const from =
@@ -154,13 +158,15 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       cp_async16(statistics + thread,
                  workspace.statistics + stripe_row * all_stripes * kStripe + query);
     }
+    cp_async_commit();
   }
   if (next_head < owner.end_head) load(next_head, next_tile, 0);
 
   float a[4][2][4] = {};  // sums of U phi: group, 8 products, as an MMA accumulator
   float b[4][2][4] = {};  // of V phi
   float value_gradient[2][4] = {};
-  float constant[4];
+  float constants = 0;    // of the quad, which its scores lack
+  float row_sum[2] = {};  // of p of rows l / 4 and l / 4 + 8, over the lane's columns
   const auto lanes = LaneRows::get();
   const std::uint32_t rows_at = shared_address(rows) + lanes.of_a;
   const std::uint32_t weighted_at = shared_address(weighted) + lanes.of_a;
@@ -177,8 +183,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     __syncthreads();
     if (next_head < owner.end_head) load(next_head, next_tile, stage ^ 1);
     if (head != head_of_weights) {
-      find_constants<T>(constant, p, workspace, owner.batch, head, quad);
-      weigh_rows<T>(weighted, rows, p, owner.batch, head, quad);
+      constants = weigh_rows<T>(weighted, rows, p, workspace, owner.batch, head, quad);
       head_of_weights = head;
     }
 
@@ -216,9 +221,9 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       const std::uint32_t batch_at = columns_at + batch * quads * 2048;
       KeptRatios kept;
       {
-        const float sum = (constant[0] + constant[1]) + (constant[2] + constant[3]);
-        float scores[2][4] = {{sum, sum, sum, sum}, {sum, sum, sum, sum}};
-        kept.compute(scores, rows_at, weighted_at, batch_at + lanes.of_b, constant);
+        float scores[2][4] = {{constants, constants, constants, constants},
+                              {constants, constants, constants, constants}};
+        kept.compute(scores, rows_at, weighted_at, batch_at + lanes.of_b);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           partials[((stripe * kPieces + piece) * quads + quad) * 32 + lane] =
@@ -263,6 +268,10 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
           gradient[n] =
               kFactor * probability * (factor * (n == 0 ? product.x : product.y) - query.z);
           weight[n] = factor == 0 ? 0.0f : kWeightFactor<T> * probability;
+          if constexpr (!kOwnsKeys) {
+            row_sum[0] += piece % 2 == 0 ? probability : 0.0f;
+            row_sum[1] += piece % 2 == 1 ? probability : 0.0f;
+          }
         }
         gradients[lane * 4 + piece] = pack<BFloat16>(gradient[0], gradient[1]);
         if constexpr (kOwnsKeys) gradients[128 + lane * 4 + piece] = pack<T>(weight[0], weight[1]);
@@ -320,7 +329,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
             const float w_phi = e % 2 == 0 ? lower(wx[n]) : upper(wx[n]);
             float& sum = a[group][half][e];
             if (phi >= 0x1p-126f) {
-              b[group][half][e] -= (w_phi * reciprocal_approx(phi) - constant[group]) * sum;
+              b[group][half][e] -= w_phi * reciprocal_approx(phi) * sum;
             }
             if (kOwnsKeys) sum = 0;
           }
@@ -330,9 +339,34 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     stage ^= 1;
   }
   cp_async_wait<0>();
-  __syncwarp();
+  __syncthreads();
 
   bool finite = true;
+  float inverse_sum[2] = {1, 1};
+  if constexpr (!kOwnsKeys) {
+    float* const sums = reinterpret_cast<float*>(partials) + stripe * quads * kStripe;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
+      row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
+      if (lane % 4 == 0) sums[quad * kStripe + lane / 4 + 8 * h] = row_sum[h];
+    }
+    barrier_sync(1 + stripe, 32 * quads);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = lane / 4 + 8 * h;
+      float sum = 0;
+      for (int other = 0; other < quads; ++other) sum += sums[other * kStripe + row];
+      // Rows that have no key or do not exist.
+      if (!stripe_exists || statistics[stripe * kStripe + row].x == kInfinity<float>) continue;
+      finite = finite && fabsf(sum - 1) <= kLargestSumError;
+      inverse_sum[h] = 1 / sum;
+      if (quad == 0 && lane % 4 == 0) {
+        const std::int64_t query = (stripe_row * all_stripes + stripe_index) * kStripe + row;
+        workspace.statistics[query].y -= log2f(sum);
+      }
+    }
+  }
   const auto put = [&](const View& to, int head, std::int64_t token, std::int64_t d, float x) {
     finite = finite && fabsf(x) <= kLargest<float>;
     store<T>(to, owner.batch, head, token, d, x);
@@ -376,13 +410,13 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       if constexpr (!kOwnsKeys) {
         of_a.join_lanes();
         const float grad_lse = statistics[stripe * kStripe + lane / 4 + 8 * h].w;
-        const float excess = of_a.all - kFactor * grad_lse;
+        const float excess = inverse_sum[h] * of_a.all - kFactor * grad_lse;
         const auto mean = MeanOverKeys::of(number, workspace.centre.floor[feature]);
         const float w =
             d < p.head_dim ? static_cast<float>(p.scale) * Weight<T>::of(p, owner.batch, head).at(d)
                            : 0.0f;
-        gradient -= w * mean.slope * excess;
-        weight_gradient += 2 * of_a.of(lane % 4) - of_a.all - mean.tanh * excess;
+        gradient = inverse_sum[h] * gradient - w * mean.slope * excess;
+        weight_gradient += inverse_sum[h] * (2 * of_a.of(lane % 4) - of_a.all) - mean.tanh * excess;
       }
       if (exists)
         put(kOwnsKeys ? call.grad_key : call.grad_query, head, token, d, gradient / kFactor);
@@ -392,8 +426,8 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       for (int lanes = 4; lanes < 32; lanes *= 2) {
         weight_gradient += __shfl_xor_sync(~0u, weight_gradient, lanes);
       }
-      finite = finite && fabsf(weight_gradient) <= kLargest<float>;
-      if (lane < 4 && stripe_index < all_stripes) {
+      if (lane < 4 && stripe_exists) {
+        finite = finite && fabsf(weight_gradient) <= kLargest<float>;
         workspace
             .weight_parts[(stripe_row * all_stripes + stripe_index) * workspace.centre.features +
                           d] = weight_gradient / kFactor;

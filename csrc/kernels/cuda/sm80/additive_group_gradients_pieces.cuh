@@ -10,6 +10,10 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 template <typename T>
 constexpr float kWeightFactor = std::is_same_v<T, __half> ? 0x1p14f : 1.0f;
 
+// The most by which the p of a query may differ from 1 in sum: rounded scores are off by 2^-9
+// |scale| |w|_2, which is up to 0.03.
+constexpr float kLargestSumError = 0.1f;
+
 // Sums over the four lanes of a row: of all 16 products, and of those whose bit d is set.
 struct BitSums {
   float all = 0;
@@ -59,11 +63,11 @@ struct MeanOverKeys {
   }
 };
 
-// The constants c of a quad's groups, the same for all lanes: scale w times the mean tanh(q + c) of
-// the queries, of up to 16 blocks of them. Any number is right; this one is near num/den where
-// features are saturated.
+// The constant c of a quad's group (lane % 16) / 4: scale w times the mean tanh(q + c) of the
+// queries, of up to 16 blocks of them. Any number is right; this one is near num/den where features
+// are saturated.
 template <typename T>
-__device__ __forceinline__ void find_constants(float (&constant)[4], const AttentionProblem& p,
+__device__ __forceinline__ float find_constant(const AttentionProblem& p,
                                                const GradientWorkspace& workspace,
                                                std::int64_t batch, int head, int quad) {
   constexpr std::int64_t kMostBlocks = 16;
@@ -79,22 +83,25 @@ __device__ __forceinline__ void find_constants(float (&constant)[4], const Atten
     queries += min(std::int64_t{kRows}, p.query_length - block * kRows);
   }
   const float w = d < p.head_dim ? Weight<T>::of(p, batch, head).at(d) : 0.0f;
-  float c = static_cast<float>(p.scale) * w * (sum / static_cast<float>(queries));
-  c += __shfl_xor_sync(~0u, c, 1);
-  c += __shfl_xor_sync(~0u, c, 2);
-#pragma unroll
-  for (int g = 0; g < 4; ++g) constant[g] = __shfl_sync(~0u, c, 4 * g);
+  float constant = static_cast<float>(p.scale) * w * (sum / static_cast<float>(queries));
+  constant += __shfl_xor_sync(~0u, constant, 1);
+  constant += __shfl_xor_sync(~0u, constant, 2);
+  return constant;
 }
 
-// W_s phi^s of a warp's rows and quad, rounded once.
+// (W_s - c) phi^s of a warp's rows and quad, rounded once, for a head. Returns the sum of the
+// quad's constants c, which its scores lack then.
 template <typename T>
-__device__ __forceinline__ void weigh_rows(uint4* to, const uint4* rows, const AttentionProblem& p,
-                                           std::int64_t batch, int head, int quad) {
+__device__ __forceinline__ float weigh_rows(uint4* to, const uint4* rows, const AttentionProblem& p,
+                                            const GradientWorkspace& workspace, std::int64_t batch,
+                                            int head, int quad) {
+  const float constants = find_constant<T>(p, workspace, batch, head, quad);
   const auto weight = Weight<T>::of(p, batch, head);
   const auto scale = static_cast<float>(p.scale);
 #pragma unroll 1
   for (int index = thread_index_here() % 32; index < kStripe * 8; index += 32) {
     const int chunk = (index % 8) ^ (index / 8 & 7);
+    const float constant = __shfl_sync(~0u, constants, chunk / 2 * 4);
     float w[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -107,13 +114,15 @@ __device__ __forceinline__ void weigh_rows(uint4* to, const uint4* rows, const A
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const float middle = ((s & 1) != 0 ? w[1] : -w[1]) + ((s & 2) != 0 ? w[2] : -w[2]) +
-                           (chunk % 2 != 0 ? w[3] : -w[3]);
+                           (chunk % 2 != 0 ? w[3] : -w[3]) - constant;
       weighted[s] =
           pack<__nv_bfloat16>((middle - w[0]) * lower(from[s]), (middle + w[0]) * upper(from[s]));
     }
     to[index] = make_uint4(weighted[0], weighted[1], weighted[2], weighted[3]);
   }
   __syncwarp();
+  return (__shfl_sync(~0u, constants, 0) + __shfl_sync(~0u, constants, 4)) +
+         (__shfl_sync(~0u, constants, 8) + __shfl_sync(~0u, constants, 12));
 }
 
 // p and g of a lane's two pairs of a piece.

@@ -150,16 +150,15 @@ struct LaneRows {
   }
 };
 
-// num/den less `centre` and 1/den of a quad's four groups, kept in bfloat16 as A operands.
+// num/den and 1/den of a quad's four groups, kept in bfloat16 as A operands.
 struct KeptRatios {
   std::uint32_t inverse[4][kPieces];
   std::uint32_t ratio[4][kPieces];
 
-  // Adds the quad's scores of 16 rows and 16 columns, less the centres, to `scores`. The addresses
-  // are those of the lane's rows, of the quad.
+  // Adds the quad's scores of 16 rows and 16 columns to `scores`. The addresses are those of the
+  // lane's rows, of the quad.
   __device__ __forceinline__ void compute(float (&scores)[2][4], std::uint32_t rows,
-                                          std::uint32_t weighted, std::uint32_t columns,
-                                          const float (&centre)[4]) {
+                                          std::uint32_t weighted, std::uint32_t columns) {
     using BFloat16 = __nv_bfloat16;
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -189,8 +188,8 @@ struct KeptRatios {
           const float second = both * den[0][e];
           den[0][e] = first;
           den[1][e] = second;
-          num[0][e] = num[0][e] * first - centre[2 * pair];
-          num[1][e] = num[1][e] * second - centre[2 * pair + 1];
+          num[0][e] *= first;
+          num[1][e] *= second;
           scores[half][e] += num[0][e] + num[1][e];
         }
 #pragma unroll
