@@ -189,8 +189,13 @@ SETS: dict[str, list[Problem]] = {
         Problem("additive", 32, 4, 32, 32, 24),
         Problem("additive", 64, 1, 12, 16, 96),
     ],
-    # The shape by which CUDA kernels of the additive score are compared.
+    # The shape by which CUDA kernels of the additive score are compared, and the dot product.
     "additive_gpu": [_square("additive", 64, 1024, 64)],
+    "dot_gpu": [
+        _square("dot", heads, length, head_dim, causal=causal)
+        for heads, length, head_dim in ((64, 1024, 64), (32, 4096, 128))
+        for causal in (False, True)
+    ],
     # Time against the pairs that are left.
     "masks": [
         Problem(op, 4, 2, 1024, 1024, 64, causal=mask == "causal", mask=mask.replace("causal", ""))

@@ -1,7 +1,8 @@
 """Tables and pictures of what bench.py wrote.
 
-    python benchmarks/report.py benchmarks/results/*.jsonl --images docs/images
-    python benchmarks/report.py benchmarks/results/*.jsonl --update README.md docs/benchmarks.md
+    python benchmarks/report.py benchmarks/results/cpu_*.jsonl --images docs/images
+    python benchmarks/report.py benchmarks/results/cpu_*.jsonl --update README.md docs/benchmarks.md
+    python benchmarks/report.py benchmarks/results/cuda_*.jsonl --update docs/hardware.md
 
 Every measured figure in the documents comes from here: --update replaces what stands between the
 lines `<!-- benchmarks: NAME -->` and `<!-- end -->`, NAME being `summary` or `tables`.

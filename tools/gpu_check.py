@@ -3,7 +3,8 @@
     python tools/gpu_check.py [--out gpu-check] [--build build/torch-2.14.1]
 
 Runs the tests of the kernels that the emulation on the CPU runs too, the tests marked `cuda`,
-compute-sanitizer on a short list (where it is installed) and the quick benchmarks. Writes gpu-check.json (results) and gpu-check.log (all output) into --out.
+compute-sanitizer on a short list (where it is installed) and the quick benchmarks. Writes
+gpu-check.json (results) and gpu-check.log (all output) into --out.
 Exit code: 0 all good, 1 something failed, 3 no usable GPU, 4 a library without CUDA kernels.
 """
 
@@ -141,7 +142,8 @@ def run_steps(steps: Steps, out: Path, build: Path | None) -> None:
     report.unlink(missing_ok=True)
     result = steps.run(
         "tests", python, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
-        "-m", "cuda", "-n", str(min(8, os.cpu_count() or 1)), "-p", "no:cacheprovider", f"--junit-xml={report}", tests,
+        "-m", "cuda", "-n", str(min(8, os.cpu_count() or 1)), "-p", "no:cacheprovider",
+        f"--junit-xml={report}", tests,
     )  # fmt: skip
     result.update(count_tests(report))
     report.unlink(missing_ok=True)

@@ -44,7 +44,10 @@ class Program:
 
 PROGRAMS = {
     "attention": Program(
-        ("test_attention.cu", "test_attention_weights.cu"), GENERIC, (), "kFloat32"
+        ("test_attention.cu", "test_attention_weights.cu"),
+        GENERIC,
+        ("sm80/additive_group",),
+        "kFloat32",
     ),
     "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), GENERIC, "kBFloat16"),
 }
@@ -218,8 +221,8 @@ FAULTS = [
     Fault(
         "group: a stage used before all warps have filled it",
         FORWARD,
-        "cp_async_wait<Tile::kStages - 2>();\n      __syncthreads();",
-        "cp_async_wait<Tile::kStages - 2>();",
+        "cp_async_wait<0>();\n      __syncthreads();\n      if (first == 0)",
+        "cp_async_wait<0>();\n      if (first == 0)",
         "race",
         "group odd sizes",
         "data race",
@@ -227,8 +230,8 @@ FAULTS = [
     Fault(
         "group: a copy not waited for",
         FORWARD,
-        "cp_async_wait<Tile::kStages - 2>();",
-        "cp_async_wait<Tile::kStages - 1>();",
+        "cp_async_wait<0>();\n      __syncthreads();\n      if (first == 0)",
+        "cp_async_wait<1>();\n      __syncthreads();\n      if (first == 0)",
         "race",
         "group odd sizes",
         "data race",
@@ -236,7 +239,7 @@ FAULTS = [
     Fault(
         "group: values not waited for where there are few quads",
         FORWARD,
-        "if (quads < Tile::kStages) {",
+        "if (quads <= step_quads) {",
         "if (quads < 0) {",
         "race",
         "group one quad",

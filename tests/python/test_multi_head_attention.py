@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_problems import Mask, reference_attention
 from compiler_tester import CompilerTester
-from operator_tester import OPS, Arguments
+from operator_tester import OPS, Arguments, is_tensor
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,7 +93,8 @@ class MultiHeadProblem:
             arguments["attn_mask"] = ~closed if self.mask.kind == "bool" else bias
         if self.slopes is not None:
             arguments["alibi_slopes"] = randn(*self.slopes)
-        return arguments | self.options
+        options = {k: x.to(device) if is_tensor(x) else x for k, x in self.options.items()}
+        return arguments | options
 
 
 PROBLEMS = [

@@ -42,12 +42,14 @@ template <>
 struct VectorTypes<float> {
   typedef float vector __attribute__((vector_size(kVectorBytes)));
   typedef std::int32_t integers __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint32_t words __attribute__((vector_size(kVectorBytes)));
   typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 template <>
 struct VectorTypes<double> {
   typedef double vector __attribute__((vector_size(kVectorBytes)));
   typedef std::int64_t integers __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint64_t words __attribute__((vector_size(kVectorBytes)));
   typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
@@ -55,6 +57,8 @@ template <typename T>
 using Vec = typename VectorTypes<T>::vector;
 template <typename T>
 using IntVec = typename VectorTypes<T>::integers;  // also the result of a comparison: 0 or -1
+template <typename T>
+using WordVec = typename VectorTypes<T>::words;  // whose sums may wrap
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 

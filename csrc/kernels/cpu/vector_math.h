@@ -54,7 +54,7 @@ TSA_INLINE bool is_finite(T x) {
 // p * 2^n where rounded = n + round_bias: n is in the low bits and is added to the exponent.
 template <typename T>
 TSA_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> rounded) {
-  return (Vec<T>)((IntVec<T>)p + ((IntVec<T>)rounded << Math<T>::mantissa_bits));
+  return (Vec<T>)((WordVec<T>)p + ((WordVec<T>)rounded << Math<T>::mantissa_bits));
 }
 
 // 2^r for |r| <= 1/2: relative error 2.4e-7 (float, minimax), 1e-16 (double, Taylor).

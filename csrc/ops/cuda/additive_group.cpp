@@ -18,8 +18,9 @@ const char* not_supported(const kernels::AttentionProblem& problem) {
   const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();  // PyTorch keeps them
   const char* reason = kernels::cuda::sm80::additive_group_not_supported(
       problem, {device.major, static_cast<int64_t>(device.sharedMemPerBlockOptin)});
-  if (reason == nullptr && !is_forced_implementation(kAdditiveGroup)) {
-    reason = "not yet confirmed on hardware: choose it by name";
+  if (reason == nullptr && problem.dtype == kernels::DType::kFloat16 &&
+      !is_forced_implementation(kAdditiveGroup)) {
+    reason = "its products are bfloat16, coarser than float16 inputs: choose it by name";
   }
   return reason;
 }

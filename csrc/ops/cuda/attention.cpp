@@ -54,7 +54,7 @@ const ForwardImplementation forward_implementations[] = {
 };
 
 const BackwardImplementation backward_implementations[] = {
-    {"cudnn", cudnn_backward_not_supported, nullptr},
+    {"cudnn", cudnn_backward_not_supported, cudnn_backward},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
     {kAdditiveGroup, additive_group_backward_not_supported, generic_backward},

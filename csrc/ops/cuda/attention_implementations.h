@@ -43,6 +43,7 @@ struct BackwardImplementation {
 const char* cudnn_not_supported(const ForwardRequest& request);
 void cudnn_forward(const ForwardRequest& request, ForwardResults& results);
 const char* cudnn_backward_not_supported(const BackwardRequest& request);
+void cudnn_backward(const BackwardRequest& request, BackwardResults& results);
 
 const char* flash_not_supported(const ForwardRequest& request);
 void flash_forward(const ForwardRequest& request, ForwardResults& results);

@@ -2,6 +2,7 @@
 #include <ATen/native/transformers/cuda/sdp_utils.h>
 #include <ATen/ops/_efficient_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
@@ -11,6 +12,7 @@
 #include <limits>
 
 #include "ops/cuda/attention_implementations.h"
+#include "ops/implementation_choice.h"
 
 // PyTorch's own fused kernels for the problems that they compute as this package defines them: the
 // plain dot product. Each reason says what they lack. PyTorch's predicates (can_use_...) come last:
@@ -31,7 +33,7 @@ const char* not_plain(const AttentionTensors& t, const AttentionOptions<int64_t>
   if (t.query.scalar_type() == at::kDouble) return "it has no float64";
   if (options.dropout_p > 0) return "its dropout draws other numbers than this package's";
   if (t.attn_mask.has_value()) {
-    return "with a mask it is not known to give 0 for rows without a key, or NaN may leak";
+    return "with a mask, NaN that the mask hides reaches its output";
   }
   if (t.key_lengths.has_value() || t.key_starts.has_value()) {
     return "it has no key_lengths or key_starts in this layout";
@@ -145,8 +147,27 @@ void cudnn_forward(const ForwardRequest& request, ForwardResults& results) {
   give_lse(results.lse, std::get<1>(computed));
 }
 
-const char* cudnn_backward_not_supported(const BackwardRequest& /*request*/) {
-  return "its backward is not known to be deterministic";
+const char* cudnn_backward_not_supported(const BackwardRequest& request) {
+  if (const char* reason = backward_not_supported(Kernel::kCudnn, request); reason != nullptr) {
+    return reason;
+  }
+  if (!is_forced_implementation("cudnn")) {
+    return "it is not deterministic: choose it by name";
+  }
+  return nullptr;
+}
+
+void cudnn_backward(const BackwardRequest& request, BackwardResults& results) {
+  const AttentionTensors& t = request.tensors;
+  const Tensor unused = unused_random_state(t.query);
+  const auto computed = at::_scaled_dot_product_cudnn_attention_backward(
+      aligned(request.grad_output), t.query, t.key, t.value, request.output,
+      request.lse.unsqueeze(-1), unused, unused, /*attn_bias=*/Tensor(), Tensor(), Tensor(),
+      t.query.size(2), t.key.size(2), /*dropout_p=*/0.0, is_causal(request.options),
+      request.prepared.problem.scale);
+  give(results.grad_query, std::get<0>(computed));
+  give(results.grad_key, std::get<1>(computed));
+  give(results.grad_value, std::get<2>(computed));
 }
 
 const char* flash_not_supported(const ForwardRequest& request) {
@@ -169,8 +190,11 @@ const char* flash_backward_not_supported(const BackwardRequest& request) {
   // Its only switch is PyTorch's global one. Setting that for a moment would make the operations of
   // other threads fail that are not deterministic.
   const at::Context& context = at::globalContext();
-  if (!context.deterministicAlgorithms() || context.deterministicAlgorithmsWarnOnly()) {
-    return "it is deterministic only under torch.use_deterministic_algorithms(True)";
+  const bool deterministic =
+      context.deterministicAlgorithms() && !context.deterministicAlgorithmsWarnOnly();
+  if (!deterministic && !is_forced_implementation("flash")) {
+    return "it is deterministic only under torch.use_deterministic_algorithms(True); otherwise "
+           "choose it by name";
   }
   return nullptr;
 }
@@ -207,6 +231,8 @@ const char* efficient_backward_not_supported(const BackwardRequest& request) {
 void efficient_backward(const BackwardRequest& request, BackwardResults& results) {
   const AttentionTensors& t = request.tensors;
   const auto transposed = [](const Tensor& x) { return x.transpose(1, 2); };  // (B, L, H, D)
+  // It takes strides of all tensors but this one, of which it reads rows of H D numbers.
+  const Tensor output = transposed(request.output).contiguous();
   // Rows of its lse come in blocks of 32; +inf makes the weights of the others 0.
   const int64_t padding = (32 - request.lse.size(2) % 32) % 32;
   const Tensor lse = padding == 0 ? request.lse
@@ -216,7 +242,7 @@ void efficient_backward(const BackwardRequest& request, BackwardResults& results
   // One split of the keys: more would add their parts of dq atomically, in any order.
   const auto computed = at::_efficient_attention_backward(
       transposed(aligned(request.grad_output)), transposed(t.query), transposed(t.key),
-      transposed(t.value), /*bias=*/std::nullopt, transposed(request.output),
+      transposed(t.value), /*bias=*/std::nullopt, output,
       /*cu_seqlens_q=*/std::nullopt, /*cu_seqlens_k=*/std::nullopt, t.query.size(2), t.key.size(2),
       lse, /*dropout_p=*/0.0, unused, unused,
       /*custom_mask_type=*/is_causal(request.options) ? 1 : 0, /*bias_requires_grad=*/false,

@@ -9,8 +9,8 @@
 // of the queries. The products of its queries are made in the prologue and stay in shared memory,
 // each lane's where only that lane reads them. From there the warp decides for its rows how many
 // groups may share a reciprocal: 4, 2, or, for the whole block, that the generic kernel must do it.
-// Then steps of (tile of 64 keys, quad of 16 features) run through a ring of three stages, filled
-// by cp.async two steps ahead; after the last quad of a tile: bias, softmax (with a running maximum
+// Then steps of (tile of 64 keys, two quads of 16 features) take turns in two stages, filled
+// by cp.async a step ahead; after the last quad of a tile: bias, softmax (with a running maximum
 // unless the scores are bounded), dropout, weights V. A tile that the mask hides from all rows is
 // passed over.
 // A block whose results are not all finite is also left to the generic kernel, which keeps NaN and
@@ -19,9 +19,10 @@
 // Traffic: products of the keys, 128 bytes per key and quad, once per block (from L2); v as often;
 // q, out and lse once. Counts per warp for 16 x 8 pairs of one group (there are Lq Lk E / 512 of
 // these), in issue slots, four groups to a reciprocal, sm_90a, E = Ev = 64: 14.8 in add_quad (2
-// MMA, 10 FMUL and FFMA, 1 MUFU, 0.7 LDS.128, 0.5 HMUL2), 2.1 for a step of the ring, 2.9 per tile
-// of keys (softmax, V; 0.9 more with a running maximum), 1.1 for the prologue at 1024 keys. Bound:
-// issue slots, then the tensor cores' rate for mma.sync; docs/kernels.md has the sum.
+// MMA, 10 FMUL and FFMA, 1 MUFU, 0.7 LDS.128, 0.5 HMUL2), 1.6 for steps, 3.3 per tile of keys
+// (softmax, V; 0.9 more with a running maximum), 1.2 for the prologue and the end at 1024 keys.
+// Bound: latency, with three warps to a scheduler, then issue slots; docs/kernels.md has what was
+// measured.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // e^score, and what is summed up of it, is far from the ends of float32 and of bfloat16.
@@ -175,24 +176,22 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
   const int quads = static_cast<int>(workspace.quads);
   const auto quads_u = static_cast<std::uint32_t>(quads);
   const int thread = static_cast<int>(threadIdx.x);
-  uint4* const stages = shared_at<uint4>(0, Tile::kStages * Tile::kStageSize);
-  T* const values = shared_at<T>(Tile::kValuesAt, Tile::kValueSize);
-  GroupBlock& block = *shared_at<GroupBlock>(Tile::kBlockAt, 1);
-  uint4* const weights = shared_at<uint4>(Tile::kWeightsAt, quads_u * Tile::kWeightSize);
-  uint4* const queries = shared_at<uint4>(Tile::kWeightsAt + quads_u * Tile::kWeightSize * 16,
-                                          quads_u * Tile::kQuerySize);
+  const int stage_size = Tile::stage_size(quads);
+  uint4* const stages = shared_at<uint4>(0, static_cast<std::uint32_t>(Tile::kStages * stage_size));
+  T* const values = shared_at<T>(Tile::values_at(quads), Tile::kValueSize);
+  GroupBlock& block = *shared_at<GroupBlock>(Tile::block_at(quads), 1);
+  uint4* const weights = shared_at<uint4>(Tile::weights_at(quads), quads_u * Tile::kWeightSize);
+  uint4* const queries = shared_at<uint4>(Tile::queries_at(quads), quads_u * Tile::kQuerySize);
 
   // Prologue.
-  int load_tile;
   const uint4* load_from;
+  int next;  // tile of keys to load, if the mask leaves any pair of it
   bool join_four;
   {
     GroupBlock mine = GroupBlock::of(p, workspace);
-    load_tile = mine.first_tile - 1;
-    load_from =
-        workspace.key_products +
-        (mine.kv_row(p) * workspace.key_tiles + mine.first_tile) * quads * Tile::kStageSize +
-        thread;
+    next = mine.first_tile;
+    load_from = workspace.key_products +
+                (mine.kv_row(p) * workspace.key_tiles + next) * quads * Tile::kQuadSize + thread;
     const auto weight = Weight<T>::of(p, mine.batch, mine.head);
     const auto scale = static_cast<float>(p.scale);
     stage_weights(reinterpret_cast<uint2*>(weights), weight, p.head_dim, quads, scale);
@@ -221,71 +220,78 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     }
   }
 
-  // A round loads the step (load_tile, load_quad) and computes the one that was loaded two rounds
-  // ago, (tile, quad); the first two rounds only load.
+  // Loads the next quads, as they follow one another in memory.
+  const int step_quads = Tile::step_quads(quads);
+  const auto load = [&](int count, int stage) {
+    uint4* to = stages + stage * stage_size + thread_index_here();
+#pragma unroll 1
+    for (; count > 0; --count) {
+#pragma unroll
+      for (int n = 0; n < Tile::kQuadSize; n += kForwardThreads) cp_async16(to + n, load_from + n);
+      to += Tile::kQuadSize;
+      load_from += Tile::kQuadSize;
+    }
+    cp_async_commit();
+  };
+
+  // While a step is computed the next one is loaded, of the tile or the first of the next tile. The
+  // first round only loads.
   FragmentSoftmax softmax;
   float out[kWidth / 8][4] = {};
   float s[2][K] = {};
-  int warm_up = Tile::kStages - 1;
-  int next_tile = 0;
-  int load_quad = quads - 1;
-  int load_stage = 0;
-  int quad = 0;
+  int stage = 0;
 #pragma unroll 1
-  for (;;) {
-    const int tile = next_tile;
-    next_tile = load_tile;
-    if (warm_up == 0) {
-      if (tile >= block.end_tile) break;
-      cp_async_wait<Tile::kStages - 2>();
-      __syncthreads();
-    }
-
+  for (int tile = -1;; tile = next++) {
     const int end_tile = block.end_tile;
-    if (load_tile < end_tile && ++load_quad == quads) {
-      load_quad = 0;
-      const int after = load_tile + 1;
-      for (++load_tile; load_tile < end_tile && p.mask_kind != MaskKind::kNone; ++load_tile) {
-        bool any = false;
+    const int after = next;
+    for (; next < end_tile && p.mask_kind != MaskKind::kNone; ++next) {
+      bool any = false;
 #pragma unroll 1
-        for (int column = 0; column < Tile::kColumns; ++column) {
-          float bias[2][2];
-          const std::int64_t key = static_cast<std::int64_t>(load_tile) * Tile::kKeys + 8 * column;
-          any |= load_biases<T>(bias, p, block.batch, block.head,
-                                FragmentPairs::of(block.first_query, key));
-        }
-        if (__syncthreads_or(any) != 0) break;
+      for (int column = 0; column < Tile::kColumns; ++column) {
+        float bias[2][2];
+        const std::int64_t key = static_cast<std::int64_t>(next) * Tile::kKeys + 8 * column;
+        any |= load_biases<T>(bias, p, block.batch, block.head,
+                              FragmentPairs::of(block.first_query, key));
       }
-      load_from += static_cast<std::int64_t>(load_tile - after) * quads * Tile::kStageSize;
+      if (__syncthreads_or(any) != 0) break;
     }
-    if (load_tile < end_tile) {
-      uint4* const to = stages + load_stage * Tile::kStageSize + thread_index_here();
-#pragma unroll
-      for (int n = 0; n < Tile::kStageSize; n += kForwardThreads) cp_async16(to + n, load_from + n);
-      load_from += Tile::kStageSize;
-    }
-    load_stage = load_stage == Tile::kStages - 1 ? 0 : load_stage + 1;  // now the one to compute
-    if (warm_up == 0 && quad == 0) {
-      stage_values<T, kWidth>(values, Tokens<T>::of(p.value, block.batch, block.kv_head),
-                              static_cast<std::int64_t>(tile) * Tile::kKeys, block.keys,
-                              p.value_dim);
-    }
-    cp_async_commit();
-    if (warm_up > 0) {
-      --warm_up;
+    const bool last = next >= end_tile;
+    const std::int64_t skipped = static_cast<std::int64_t>(next - after) * quads * Tile::kQuadSize;
+    if (tile < 0) {
+      if (last) break;
+      load_from += skipped;
+      load(step_quads, stage);
       continue;
     }
 
-    const uint4* const quad_queries = queries + quad * Tile::kQuerySize;
-    const uint4* const quad_weights = weights + quad * Tile::kWeightSize;
-    const uint4* const quad_keys = stages + load_stage * Tile::kStageSize;
-    if (join_four) {
-      add_quad<4>(s, quad_queries, quad_weights, quad_keys);
-    } else {
-      add_quad<2>(s, quad_queries, quad_weights, quad_keys);
+#pragma unroll 1
+    for (int first = 0; first < quads; first += step_quads) {
+      cp_async_wait<0>();
+      __syncthreads();
+      if (first == 0) {
+        stage_values<T, kWidth>(values, Tokens<T>::of(p.value, block.batch, block.kv_head),
+                                static_cast<std::int64_t>(tile) * Tile::kKeys, block.keys,
+                                p.value_dim);
+      }
+      const int rest = quads - first - step_quads;
+      if (rest <= 0) load_from += skipped;
+      load(rest > 0 ? min(rest, step_quads) : last ? 0 : step_quads, stage ^ 1);
+
+      const uint4* keys = stages + stage * stage_size;
+      const int end = min(first + step_quads, quads);
+#pragma unroll 1
+      for (int quad = first; quad < end; ++quad) {
+        const uint4* const quad_queries = queries + quad * Tile::kQuerySize;
+        const uint4* const quad_weights = weights + quad * Tile::kWeightSize;
+        if (join_four) {
+          add_quad<4>(s, quad_queries, quad_weights, keys);
+        } else {
+          add_quad<2>(s, quad_queries, quad_weights, keys);
+        }
+        keys += Tile::kQuadSize;
+      }
+      stage ^= 1;
     }
-    if (++quad < quads) continue;
-    quad = 0;
 
     const std::int64_t first_key = static_cast<std::int64_t>(tile) * Tile::kKeys;
     if (p.mask_kind != MaskKind::kNone || p.slopes != nullptr || tile < block.first_full_tile ||
@@ -315,11 +321,12 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     pack_weights<T>(weights_of_values, s);
 #pragma unroll
     for (int k = 0; k < K; ++k) s[0][k] = s[1][k] = 0;  // for the next tile
-    if (quads < Tile::kStages) {  // the values were not among the copies waited for above
+    if (quads <= step_quads) {  // the values were not among the copies waited for above
       cp_async_wait<0>();
       __syncthreads();
     }
     add_values<T, kWidth>(out, weights_of_values, values, p.value_dim);
+    if (last) break;
   }
 
   softmax.join_lanes();
@@ -327,6 +334,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
   const float kept_scale =
       p.dropout_p > 0 ? static_cast<float>(Dropout::make(p.dropout_p, p.philox_state).keep_scale)
                       : 1.0f;
+  const auto rows = OutputRows<T>::of(call.out, block.batch, block.head, p.value_dim);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const auto pairs = FragmentPairs::of(block.first_query, 0);
@@ -337,15 +345,10 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     finite = finite && sum <= kLargest<float>;
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float x = out[n][2 * h + c] * inverse;
-        finite = finite && fabsf(x) <= kLargest<float>;
-        const int d = n * 8 + static_cast<int>(pairs.key) + c;
-        if (i < p.query_length && d < p.value_dim) {
-          store<T>(call.out, block.batch, block.head, i, d, x);
-        }
-      }
+      const float x = out[n][2 * h] * inverse;
+      const float y = out[n][2 * h + 1] * inverse;
+      finite = finite && fabsf(x) <= kLargest<float> && fabsf(y) <= kLargest<float>;
+      if (i < p.query_length) rows.store_pair(i, n * 8 + static_cast<int>(pairs.key), x, y);
     }
     if (thread % 4 == 0 && i < p.query_length) {
       static_cast<float*>(call.lse)[block.batch_head * p.query_length + i] =

@@ -61,23 +61,41 @@ struct alignas(16) GroupBlock {
   }
 };
 
-// Shared memory of a block, in this order.
+// Shared memory of a block, in this order: stages, values, GroupBlock, weights, queries. Sizes of
+// uint4 but for the values.
 template <int kWidth>
 struct GroupTile {
   static constexpr int kKeys = tile_keys(kWidth);
   static constexpr int kColumns = kKeys / 8;
-  static constexpr int kStages = 3;
   // Of a multiprocessor: what registers and shared memory at E = 64 allow.
   static constexpr int kBlocks = kWidth == 64 ? 3 : 2;
-  static constexpr int kStageSize = kKeys * 8;            // uint4: a quad of a tile of keys
+  static constexpr int kStages = 2;
+  static constexpr int kQuadSize = kKeys * 8;             // a quad of a tile of keys
   static constexpr int kValueSize = kKeys * kWidth;       // of 16-bit numbers
-  static constexpr int kWeightSize = 8;                   // uint4 per quad
-  static constexpr int kQuerySize = 4 * kForwardThreads;  // uint4 per quad
-  static constexpr std::uint32_t kValuesAt = kStages * kStageSize * 16;
-  static constexpr std::uint32_t kBlockAt = kValuesAt + kValueSize * 2;
-  static constexpr std::uint32_t kWeightsAt = kBlockAt + sizeof(GroupBlock);
+  static constexpr int kWeightSize = 8;                   // per quad
+  static constexpr int kQuerySize = 4 * kForwardThreads;  // per quad
+
+  // Quads of a step, which fills a stage: each step costs a barrier, each stage shared memory.
+  static TSA_HOST_DEVICE constexpr int step_quads(int quads) {
+    return quads > 1 && quads <= 4 ? 2 : 1;
+  }
+  static TSA_HOST_DEVICE constexpr int stage_size(int quads) {
+    return step_quads(quads) * kQuadSize;
+  }
+  static TSA_HOST_DEVICE constexpr std::uint32_t values_at(int quads) {
+    return static_cast<std::uint32_t>(kStages * stage_size(quads) * 16);
+  }
+  static TSA_HOST_DEVICE constexpr std::uint32_t block_at(int quads) {
+    return values_at(quads) + kValueSize * 2;
+  }
+  static TSA_HOST_DEVICE constexpr std::uint32_t weights_at(int quads) {
+    return block_at(quads) + sizeof(GroupBlock);
+  }
+  static TSA_HOST_DEVICE constexpr std::uint32_t queries_at(int quads) {
+    return weights_at(quads) + static_cast<std::uint32_t>(quads * kWeightSize * 16);
+  }
   static constexpr std::int64_t shared_bytes(std::int64_t quads) {
-    return kWeightsAt + quads * (kWeightSize + kQuerySize) * 16;
+    return queries_at(static_cast<int>(quads)) + quads * kQuerySize * 16;
   }
 };
 
@@ -258,5 +276,35 @@ __device__ __forceinline__ void add_values(float (&out)[kWidth / 8][4],
     }
   }
 }
+
+// Rows of the output, which the lanes of an MMA accumulator write two columns at a time.
+template <typename T>
+struct OutputRows {
+  T* data;
+  std::int64_t token_stride;
+  std::int64_t dim_stride;
+  std::int64_t dims;
+  bool in_pairs;  // two columns are one aligned word
+
+  static __device__ __forceinline__ OutputRows of(const View& view, std::int64_t batch,
+                                                  std::int64_t head, std::int64_t dims) {
+    T* const data = static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1];
+    const bool aligned =
+        (reinterpret_cast<std::uintptr_t>(data) | (view.stride[2] * sizeof(T))) % 4 == 0;
+    return {data, view.stride[2], view.stride[3], dims,
+            aligned && view.stride[3] == 1 && dims % 2 == 0};
+  }
+  // Columns d and d + 1 of a token, as far as they exist.
+  __device__ __forceinline__ void store_pair(std::int64_t token, int d, float x, float y) const {
+    if (d >= dims) return;
+    T* const row = data + token * token_stride;
+    if (in_pairs) {
+      *reinterpret_cast<std::uint32_t*>(row + d) = pack<T>(x, y);
+    } else {
+      row[d * dim_stride] = from_acc<T>(x);
+      if (d + 1 < dims) row[(d + 1) * dim_stride] = from_acc<T>(y);
+    }
+  }
+};
 
 }  // namespace torch_selfattn::kernels::cuda::sm80
