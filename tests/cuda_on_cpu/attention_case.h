@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -9,6 +11,7 @@
 #include "kernels/common/reference.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/sm80/additive_group.h"
+#include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
 #include "kernels/cuda/sm80/additive_group_workspace.h"
 #include "testing.h"
 
@@ -20,27 +23,38 @@ using namespace torch_selfattn::kernels;
 enum class Layout { kHeadsOutside, kHeadsInside, kEveryOther, kSharedBatch };
 enum class Special {
   kNone,
-  kNanBehindMask,  // keys that nobody may see, and gradients of rows that see nothing, are NaN
-  kInfBehindMask,  // the same with infinities
-  kNanInside,      // a key that some rows see is NaN
-  kLowestMask,     // the mask of some rows is the lowest number everywhere
-  kHugeScores,     // scores that overflow float32
-  kLargeScores,    // the softmax is all but one-hot, lse in the thousands
-  kOneHugeKey,     // additive: one tile is beyond the range of the exponential form
-  kHiddenBlocks,   // the mask hides keys 60 ... 199 from all queries
+  kNanBehindMask,     // keys that nobody may see, and gradients of rows that see nothing, are NaN
+  kInfBehindMask,     // the same with infinities
+  kNanInside,         // a key that some rows see is NaN
+  kLowestMask,        // the mask of some rows is the lowest number everywhere
+  kHugeScores,        // scores that overflow float32
+  kLargeScores,       // the softmax is all but one-hot, lse in the thousands
+  kOneHugeKey,        // additive: one tile is beyond the range of the exponential form
+  kHiddenBlocks,      // the mask hides keys 60 ... 199 from all queries
+  kSaturatedQueries,  // queries are 30 and more above the keys
   kRange,  // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
            // evenly spaced between; queries the other way round
 };
 
 // What is run: attention forward and backward, the weights by themselves, or the forward kernels of
-// the group method, with or without the generic backward after them.
-enum class What { kAttention, kWeights, kMeanWeights, kGroup, kGroupAndBackward };
+// the group method, by themselves, with the generic backward, or with the group method's after
+// them; that after the generic forward.
+enum class What {
+  kAttention,
+  kWeights,
+  kMeanWeights,
+  kGroup,
+  kGroupAndBackward,
+  kGroupGradients,
+  kGroupGradientsAlone
+};
 
-// How many tiles of queries the group method leaves to the generic kernel.
+// How many tiles of queries the group method leaves to the generic kernel; in backward how many
+// (batch, key head)s.
 enum class Redo { kNone, kSome, kAll };
 
 struct Case {
-  const char* name;
+  const char* name = nullptr;
   What what = What::kAttention;
   DType dtype = DType::kFloat32;
   ScoreKind score = ScoreKind::kDotProduct;
@@ -60,10 +74,12 @@ struct Case {
   double query_mean = 0.0, key_mean = 0.0;
   double weight_magnitude = 1.0, scale = 0.7;  // additive
   Special special = Special::kNone;
-  double largest_term = 0.1;   // of the sums in gradients: what their rounding errors go by
-  bool query_indices = false;  // weights only: the queries are rows of others, in no order
-  Redo redo = Redo::kNone;     // group method only
-  double out_error = 0;        // if not 0: bound of the norm of out's error, relative to out's
+  double largest_term = 0.1;      // of the sums in gradients: what their rounding errors go by
+  bool query_indices = false;     // weights only: the queries are rows of others, in no order
+  Redo redo = Redo::kNone;        // group method only
+  double out_error = 0;           // if not 0: bound of the norm of out's error, relative to out's
+  double gradient_error = 0;      // the same of each gradient
+  std::int64_t shared_kib = 160;  // of the device, for the group method
 };
 
 inline double normal() {
@@ -118,7 +134,7 @@ struct Tensor {
 // Results of the kernels on the device, filled with NaN until they are written, and the
 // reference's.
 struct Result {
-  const char* name;
+  const char* name = nullptr;
   Tensor expected;
   std::unique_ptr<testing::DeviceArray<char>> device;
 
@@ -166,10 +182,15 @@ struct Result {
 };
 
 inline bool is_group(const Case& c) {
-  return c.what == What::kGroup || c.what == What::kGroupAndBackward;
+  return c.what == What::kGroup || c.what == What::kGroupAndBackward ||
+         c.what == What::kGroupGradients;
+}
+inline bool has_group_gradients(const Case& c) {
+  return c.what == What::kGroupGradients || c.what == What::kGroupGradientsAlone;
 }
 
 inline double tolerance(const Case& c) {
+  if (has_group_gradients(c)) return 4e-2;
   if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
   switch (c.dtype) {
     case DType::kFloat64: return 1e-11;
@@ -211,33 +232,54 @@ void run_weights(const Case& c, const MakeProblem& problem) {
   CHECK(weights.device->copy() == first);
 }
 
-// The forward of the group method, and what it leaves to the generic kernel.
+// The kernels of the group method, and what they leave to the generic ones.
 class GroupRun {
  public:
-  GroupRun(const Case& c, const AttentionProblem& p) : case_(c) {
-    if (!is_group(c)) return;
-    const cuda::sm80::DeviceLimits device{8, 160 * 1024};
-    CHECK(cuda::sm80::additive_group_not_supported(p, device) == nullptr);
-    workspace_ = std::make_unique<testing::DeviceArray<char>>(
-        static_cast<std::size_t>(cuda::sm80::additive_group_workspace_bytes(p)));
+  explicit GroupRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
+
+  void check_redo(std::int64_t redone, std::int64_t of) const {
+    CHECK((case_.redo == Redo::kNone) == (redone == 0));
+    CHECK((case_.redo == Redo::kAll) == (redone == of));
   }
 
   void forward(const AttentionForward& call) const {
-    CHECK(cuda::sm80::additive_group_forward(call, workspace_->data(), nullptr) == cudaSuccess);
     const AttentionProblem& p = call.problem;
-    const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace_->data());
-    const std::vector<char> bytes = workspace_->copy();
+    CHECK(cuda::sm80::additive_group_not_supported(p, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_group_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_group_forward(call, workspace.data(), nullptr) == cudaSuccess);
+    const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace.data());
+    const std::vector<char> bytes = workspace.copy();
     const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
-    const auto first = reinterpret_cast<char*>(memory.redo) - workspace_->data();
+    const auto first = reinterpret_cast<char*>(memory.redo) - workspace.data();
     std::int64_t redone = 0;
     for (std::int64_t n = 0; n < tiles; ++n) redone += bytes[static_cast<std::size_t>(first + n)];
-    CHECK((case_.redo == Redo::kNone) == (redone == 0));
-    CHECK((case_.redo == Redo::kAll) == (redone == tiles));
+    // What is beyond the range of num / den in forward is so in backward.
+    if (case_.what != What::kGroupGradients) check_redo(redone, tiles);
+  }
+
+  void backward(const AttentionBackward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_group_backward_not_supported(call, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_group_backward_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_group_backward(call, device_, workspace.data(), nullptr) ==
+          cudaSuccess);
+    const auto memory = cuda::sm80::GradientWorkspace::of(p, workspace.data(), 0);
+    const std::vector<char> bytes = workspace.copy();
+    const std::int64_t heads = p.batch * p.kv_heads;
+    std::vector<std::uint32_t> redo(static_cast<std::size_t>(heads));
+    std::memcpy(redo.data(),
+                bytes.data() + (reinterpret_cast<char*>(memory.redo) - workspace.data()),
+                redo.size() * sizeof(std::uint32_t));
+    std::int64_t redone = 0;
+    for (const std::uint32_t x : redo) redone += x;
+    check_redo(redone, heads);
   }
 
  private:
   const Case& case_;
-  std::unique_ptr<testing::DeviceArray<char>> workspace_;
+  cuda::sm80::DeviceLimits device_;
 };
 
 // Forward and backward against the reference, twice: the second run, in another order of threads,
@@ -334,6 +376,10 @@ inline void run_case(const Case& c) {
       for (std::int64_t n = 0; n < mask.count(); ++n) {
         if (n % Lk >= 60 && n % Lk < 200) bool_mask[static_cast<std::size_t>(n)] = 0;
       }
+      break;
+    case Special::kSaturatedQueries:
+      query.fill_normal(1, 30);
+      for (std::int64_t h = 0; h < Hk; ++h) key.set_row(0, h, 0, -2);
       break;
     case Special::kRange:
       for (std::int64_t b = 0; b < B; ++b) {
@@ -432,8 +478,9 @@ inline void run_case(const Case& c) {
   const bool backward = c.what != What::kGroup;
   if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
   if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  if (backward && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
-  if (backward && c.slopes) results.push_back(&grad_slopes);
+  const bool all_gradients = backward && !has_group_gradients(c);
+  if (all_gradients && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
+  if (all_gradients && c.slopes) results.push_back(&grad_slopes);
 
   const auto forward_call = [&](bool on_device) {
     return AttentionForward{problem(on_device), out.view(on_device), lse.data(on_device)};
@@ -451,6 +498,7 @@ inline void run_case(const Case& c) {
     call.grad_key = grad_key.view(on_device);
     call.grad_value = grad_value.view(on_device);
     if (c.score == ScoreKind::kAdditive) call.grad_weight = grad_weight.data(on_device);
+    if (!all_gradients) return call;
     if (c.mask == MaskKind::kFloat) call.grad_mask = grad_mask.data(on_device);
     if (c.slopes) call.grad_slopes = grad_slopes.data(on_device);
     return call;
@@ -462,7 +510,7 @@ inline void run_case(const Case& c) {
   CHECK(cuda::attention_not_supported(p) == nullptr);
   const testing::DeviceArray<char> workspace(
       static_cast<std::size_t>(cuda::attention_backward_workspace_bytes(p)));
-  const GroupRun group(c, p);
+  const GroupRun group(c);
   std::vector<std::vector<char>> first;
   for (int run = 0; run < 2; ++run) {
     if (is_group(c)) {
@@ -470,7 +518,9 @@ inline void run_case(const Case& c) {
     } else {
       CHECK(cuda::attention_forward(forward_call(true), nullptr) == cudaSuccess);
     }
-    if (backward) {
+    if (has_group_gradients(c)) {
+      group.backward(backward_call(true));
+    } else if (backward) {
       CHECK(attention_backward(backward_call(true), workspace.data(), nullptr) == cudaSuccess);
     }
     for (std::size_t n = 0; n < results.size(); ++n) {
@@ -483,10 +533,15 @@ inline void run_case(const Case& c) {
       }
     }
   }
-  if (c.out_error > 0) {
-    const double error = out.relative_error();
-    if (!(error <= c.out_error)) {
-      ::testing::report_failure("out", 0, "relative error", error, c.out_error);
+  for (std::size_t n = 0; n < results.size(); ++n) {
+    const double bound = n == 0 ? c.out_error : n == 1 ? 0 : c.gradient_error;
+    if (bound == 0) continue;
+    const double error = results[n]->relative_error();
+    if (std::getenv("TORCH_SELFATTN_PRINT_ERRORS") != nullptr) {
+      std::printf("%s: %s %.2e\n", c.name, results[n]->name, error);
+    }
+    if (!(error <= bound)) {
+      ::testing::report_failure(results[n]->name, 0, "relative error", error, bound);
     }
   }
 }

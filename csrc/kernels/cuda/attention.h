@@ -24,6 +24,15 @@ cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream,
 std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
 
+// The two parts of attention_backward: its first launch, and the others. `wanted`, of calls that do
+// not ask for the gradient of mask or slopes: null, or a word of device memory for each (batch, key
+// head); gradients of those with a 0 are left alone, but their weight_parts are summed up.
+cudaError_t attention_backward_statistics(const AttentionBackward& call, void* workspace,
+                                          cudaStream_t stream);
+cudaError_t attention_backward_gradients(const AttentionBackward& call, void* workspace,
+                                         cudaStream_t stream,
+                                         const std::uint32_t* wanted = nullptr);
+
 // Two launches. The workspace as above.
 const char* attention_weights_not_supported(const AttentionWeights& call);
 std::int64_t attention_weights_workspace_bytes(const AttentionProblem& problem);

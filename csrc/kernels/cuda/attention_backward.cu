@@ -23,33 +23,49 @@ std::int64_t attention_backward_workspace_bytes(const AttentionProblem& p) {
   return p.compute_in_double() ? Workspace<double>::bytes(p) : Workspace<float>::bytes(p);
 }
 
-cudaError_t attention_backward(const AttentionBackward& call, void* workspace,
-                               cudaStream_t stream) {
+namespace {
+
+// launch() of blocks of kThreads, if there are any.
+template <typename... Parameters, typename... Arguments>
+cudaError_t run(cudaStream_t stream, void (*kernel)(Parameters...), std::int64_t blocks,
+                std::size_t shared_bytes, const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes, stream,
+                arguments...);
+}
+
+}  // namespace
+
+cudaError_t attention_backward_statistics(const AttentionBackward& call, void* workspace,
+                                          cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
   return dispatch(p, [&](auto instance) -> cudaError_t {
     using T = typename decltype(instance)::Element;
     using Score = typename decltype(instance)::Policy;
     using Acc = Accumulator<T>;
-    using Shape = Tile<Acc>;
-    const auto run = [&](auto kernel, std::int64_t blocks, std::size_t shared_bytes,
-                         const auto&... arguments) {
-      if (blocks == 0) return cudaSuccess;
-      if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
-      return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes,
-                    stream, arguments...);
-    };
-    const std::int64_t tiles = Workspace<Acc>::query_tiles(p);
-    cudaError_t error = run(attention_statistics_kernel<T, Score>, p.batch * p.heads * tiles,
-                            Shape::kSharedBytes, call, workspace);
-    if (error != cudaSuccess) return error;
+    return run(stream, attention_statistics_kernel<T, Score>,
+               p.batch * p.heads * Workspace<Acc>::query_tiles(p), Tile<Acc>::kSharedBytes, call,
+               workspace);
+  });
+}
+
+cudaError_t attention_backward_gradients(const AttentionBackward& call, void* workspace,
+                                         cudaStream_t stream, const std::uint32_t* wanted) {
+  const AttentionProblem& p = call.problem;
+  return dispatch(p, [&](auto instance) -> cudaError_t {
+    using T = typename decltype(instance)::Element;
+    using Score = typename decltype(instance)::Policy;
+    using Acc = Accumulator<T>;
     const auto blocks = GradientBlock::count<Acc>(call);
-    error = run(attention_backward_kernel<T, Score>, blocks.total(), Shape::kSharedBytes, call,
-                workspace);
+    cudaError_t error = run(stream, attention_backward_kernel<T, Score>, blocks.total(),
+                            Tile<Acc>::kSharedBytes, call, workspace, wanted);
     if (error != cudaSuccess) return error;
 
     const auto parts = Workspace<Acc>::of(p, workspace);
+    const std::int64_t tiles = Workspace<Acc>::query_tiles(p);
     const auto sum_parts = [&]<typename Out>(Out* gradient, const PartialSums<Acc>& sums) {
-      return run(attention_sum_parts_kernel<Acc, Out>,
+      return run(stream, attention_sum_parts_kernel<Acc, Out>,
                  sums.size[0] * sums.size[1] * sums.column_blocks(), kThreads * sizeof(Acc), sums,
                  gradient);
     };
@@ -70,6 +86,13 @@ cudaError_t attention_backward(const AttentionBackward& call, void* workspace,
     if (p.slopes_dtype == p.dtype) return sum_parts(static_cast<T*>(call.grad_slopes), slope_sums);
     return sum_parts(static_cast<float*>(call.grad_slopes), slope_sums);
   });
+}
+
+cudaError_t attention_backward(const AttentionBackward& call, void* workspace,
+                               cudaStream_t stream) {
+  const cudaError_t error = attention_backward_statistics(call, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return attention_backward_gradients(call, workspace, stream);
 }
 
 }  // namespace torch_selfattn::kernels::cuda

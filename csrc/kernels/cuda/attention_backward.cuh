@@ -347,13 +347,18 @@ __device__ __forceinline__ void write_mask_gradient(const AttentionBackward& cal
 // The three kinds of blocks share one loop, so that the tiles' code is there once.
 template <typename T, typename Score>
 __global__ void __launch_bounds__(kThreads)
-    attention_backward_kernel(const __grid_constant__ AttentionBackward call, void* memory) {
+    attention_backward_kernel(const __grid_constant__ AttentionBackward call, void* memory,
+                              const std::uint32_t* wanted) {
   using Acc = Accumulator<T>;
   using Shape = Tile<Acc>;
   constexpr int R = Shape::kPerThread;
   const AttentionProblem& p = call.problem;
   const auto workspace = Workspace<Acc>::of(p, memory);
   const auto block = GradientBlock::of<Acc>(call, blockIdx.x);
+  if (wanted != nullptr &&
+      wanted[block.batches.begin * p.kv_heads + block.heads.begin / p.group_size()] == 0) {
+    return;
+  }
   const Shared<Acc> shared = Shared<Acc>::get();
   const auto dropout = DropoutFactors<Acc>::of(p);
   const Thread me = Thread::me();

@@ -111,6 +111,10 @@ TSA_PTX void cp_async16(void* to, const void* from, bool inside = true) {
                "r"(inside ? 16 : 0));
 }
 TSA_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for `threads` threads, whole warps, that call it with the same id, 1 ... 15.
+TSA_PTX void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 template <int groups_left>
 TSA_PTX void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
@@ -159,6 +163,7 @@ TSA_PTX void cp_async16(void* to, const void* from, bool inside = true) {
   cuda_on_cpu::cp_async(to, from, 16, inside ? 16 : 0);
 }
 TSA_PTX void cp_async_commit() { cuda_on_cpu::cp_async_commit(); }
+TSA_PTX void barrier_sync(int id, int threads) { cuda_on_cpu::sync_some_threads(id, threads); }
 template <int groups_left>
 TSA_PTX void cp_async_wait() {
   cuda_on_cpu::cp_async_wait(groups_left);

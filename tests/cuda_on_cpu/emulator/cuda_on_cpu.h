@@ -37,6 +37,7 @@ void warp_collective(std::uint32_t mask, const char* name, WarpOperation operati
 void sync_warp(std::uint32_t mask);
 void sync_threads();
 int sync_threads_count(int predicate);
+void sync_some_threads(int id, int count);  // a named barrier
 int current_lane();
 std::uint32_t active_lanes();
 

@@ -95,6 +95,12 @@ std::string failure;
 // __syncthreads
 std::vector<Fiber*> at_barrier;
 race::Clock barrier_clock;
+// Named barriers
+struct NamedBarrier {
+  std::vector<Fiber*> waiting;
+  race::Clock clock;
+};
+std::vector<NamedBarrier> named_barriers;
 int predicate_sum;
 int predicate_result;
 
@@ -236,6 +242,7 @@ void run_block() {
   }
   at_barrier.clear();
   barrier_clock.clear();
+  named_barriers.assign(16, {});
   regions.clear();
   predicate_sum = 0;
   live = threads;
@@ -404,6 +411,23 @@ int sync_threads_count(int predicate) {
   predicate_sum += predicate != 0 ? 1 : 0;
   barrier(__builtin_return_address(0));
   return predicate_result;
+}
+
+void sync_some_threads(int id, int count) {
+  site = __builtin_return_address(0);
+  if (id < 1 || id > 15 || count < 32 || count % 32 != 0 || count > threads) {
+    fail("barrier %d of %d threads", id, count);
+  }
+  NamedBarrier& b = named_barriers[static_cast<std::size_t>(id)];
+  race::release(current->index, b.clock);
+  b.waiting.push_back(current);
+  if (static_cast<int>(b.waiting.size()) < count) {
+    return wait("named barrier", static_cast<std::uint64_t>(id), site);
+  }
+  for (Fiber* f : std::exchange(b.waiting, {})) {
+    race::acquire(f->index, b.clock);
+    if (f != current) wake(*f);
+  }
 }
 
 void* shared_region(std::uint32_t offset, std::size_t bytes) {

@@ -44,10 +44,10 @@ cudaError_t forward(const AttentionForward& call, void* memory, cudaStream_t str
   };
   const std::int64_t kv_rows = p.batch * p.kv_heads;
   const std::int64_t feature_bytes =
-      workspace.features() * static_cast<std::int64_t>(sizeof(float));
+      workspace.centre.features * static_cast<std::int64_t>(sizeof(float));
   cudaError_t error =
-      run(additive_group_extremes_kernel<T>, kv_rows * workspace.parts, kExtremesThreads,
-          2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace);
+      run(additive_group_extremes_kernel<T>, kv_rows * workspace.centre.parts, kExtremesThreads,
+          2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace.centre);
   if (error != cudaSuccess) return error;
   error = run(additive_group_keys_kernel<T>, kv_rows * workspace.key_tiles, kKeysThreads,
               feature_bytes, p, workspace);

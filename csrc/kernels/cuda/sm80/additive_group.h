@@ -6,7 +6,7 @@
 
 #include "kernels/common/attention_problem.h"
 
-// Additive attention, forward, by the group method on tensor cores (mma.sync, sm_80 and newer), for
+// Additive attention by the group method on tensor cores (mma.sync, sm_80 and newer), for
 // float16 and bfloat16. docs/kernels.md derives the method and its range.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
@@ -24,5 +24,15 @@ const char* additive_group_not_supported(const AttentionProblem& problem,
 std::int64_t additive_group_workspace_bytes(const AttentionProblem& problem);
 cudaError_t additive_group_forward(const AttentionForward& call, void* workspace,
                                    cudaStream_t stream);
+
+// Backward, whichever forward left (out, lse). Its reasons are its own.
+const char* additive_group_backward_not_supported(const AttentionBackward& call,
+                                                  const DeviceLimits& device);
+
+// Eight launches; the generic kernel is among them, for the (batch, key head)s that the method
+// leaves to it. `workspace` as above.
+std::int64_t additive_group_backward_workspace_bytes(const AttentionProblem& problem);
+cudaError_t additive_group_backward(const AttentionBackward& call, const DeviceLimits& device,
+                                    void* workspace, cudaStream_t stream);
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

@@ -25,11 +25,6 @@
 // measured.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
-// A denominator of joined groups is at least this, or fewer are joined: 2^-126 is the last normal
-// number, which the reciprocal needs, and products are rounded.
-constexpr float kLeastDenominator = 0x1p-116f;
-// The error of a score is about 2^-9 |scale| |w|_2: docs/tolerances.md.
-constexpr float kLargestWeightNorm = 16;
 // e^score, and what is summed up of it, is far from the ends of float32 and of bfloat16.
 constexpr float kBoundedScore = 40;
 
@@ -127,29 +122,6 @@ __device__ __forceinline__ void stage_weights(uint2* to, const Weight<T>& weight
   }
 }
 
-// Of the weights times scale, for all lanes of a warp.
-struct WeightNorms {
-  float squares;  // |w|_2 squared
-  float sum;      // |w|_1, which no score exceeds
-
-  template <typename T>
-  static __device__ __forceinline__ WeightNorms of(const Weight<T>& weight, std::int64_t dims,
-                                                   float scale) {
-    WeightNorms norms = {0, 0};
-    for (std::int64_t d = threadIdx.x % 32; d < dims; d += 32) {
-      const float w = scale * weight.at(d);
-      norms.squares += w * w;
-      norms.sum += fabsf(w);
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      norms.squares += __shfl_xor_sync(~0u, norms.squares, lanes);
-      norms.sum += __shfl_xor_sync(~0u, norms.sum, lanes);
-    }
-    return norms;
-  }
-};
-
 // Prologue: the products of the lane's two rows, as A operands. Returns the least denominators that
 // the warp can meet, whatever the keys.
 template <typename T>
@@ -223,10 +195,10 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     const auto weight = Weight<T>::of(p, mine.batch, mine.head);
     const auto scale = static_cast<float>(p.scale);
     stage_weights(reinterpret_cast<uint2*>(weights), weight, p.head_dim, quads, scale);
-    const std::int64_t first_feature = mine.kv_row(p) * workspace.features();
+    const std::int64_t first_feature = mine.kv_row(p) * workspace.centre.features;
     const Least least = stage_queries(
         queries + thread, p, Tokens<T>::of(p.query, mine.batch, mine.head), mine.first_query,
-        workspace.centre + first_feature, workspace.floor + first_feature, quads);
+        workspace.centre.centre + first_feature, workspace.centre.floor + first_feature, quads);
     join_four = __all_sync(~0u, least.four >= kLeastDenominator) != 0;
     const WeightNorms norms = WeightNorms::of(weight, p.head_dim, scale);
     const bool small_weights = norms.squares <= kLargestWeightNorm * kLargestWeightNorm;

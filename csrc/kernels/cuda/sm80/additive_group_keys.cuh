@@ -1,13 +1,11 @@
 #pragma once
 
-#include "kernels/cuda/sm80/additive_group_products.cuh"
+#include "kernels/cuda/sm80/additive_group_extremes.cuh"
 
 // The products of the keys, in the order in which the lanes of the forward kernel read them. A
 // block of 4 warps owns a tile of keys of one (batch, key head); a warp takes 8 keys at a time and
 // goes over all groups, two to a 16-byte store, 512 bytes a warp, consecutive. First the block
-// finds the centre c of each feature, the middle of least and largest key; tile 0 leaves it for the
-// queries.
-//   s(q, k) is the same for q + c, k - c, and max |k - c| is the least for this c.
+// finds the centre c of each feature; tile 0 leaves it for the queries.
 // Per lane and group: 2 MUFU, 4 SHFL, about 30 others. Traffic: keys once, and 32 bytes of products
 // per key and group: at B H = 64, L = 1024, E = 64 8.4 MB in and 33.5 MB out. Bound: memory.
 namespace torch_selfattn::kernels::cuda::sm80 {
@@ -18,7 +16,7 @@ template <typename T>
 __global__ void __launch_bounds__(kKeysThreads, 8)
     additive_group_keys_kernel(const __grid_constant__ AttentionProblem p,
                                const GroupWorkspace workspace) {
-  const std::int64_t features = workspace.features();
+  const std::int64_t features = workspace.centre.features;
   float* const centre = shared_at<float>(0, static_cast<std::uint32_t>(features));
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
@@ -28,25 +26,7 @@ __global__ void __launch_bounds__(kKeysThreads, 8)
   const auto keys = Tokens<T>::of(p.key, batch, kv_row % p.kv_heads);
   const KeyRange range = key_range(p, batch);
 
-  for (std::int64_t d = thread; d < features; d += kKeysThreads) {
-    const float* const extremes = workspace.extremes + kv_row * workspace.parts * 2 * features + d;
-    float low = kInfinity<float>;
-    float high = -kInfinity<float>;
-    for (std::int64_t part = 0; part < workspace.parts; ++part) {
-      low = fminf(low, extremes[part * 2 * features]);
-      high = fmaxf(high, extremes[(part * 2 + 1) * features]);
-    }
-    // Without keys, or features beyond E: the range of 0. An infinite key: anything may come.
-    const float radius = low <= high ? 0.5f * high - 0.5f * low : 0.0f;
-    const bool infinite = !(radius <= kLargest<float>);
-    const float middle = low <= high && !infinite ? 0.5f * high + 0.5f * low : 0.0f;
-    centre[d] = middle;
-    if (tile == 0) {
-      workspace.centre[kv_row * features + d] = middle;
-      workspace.floor[kv_row * features + d] = infinite ? 0.0f : smaller_side(radius);
-    }
-  }
-  __syncthreads();
+  find_centre<kKeysThreads>(centre, workspace.centre, kv_row, tile == 0);
 
   const int columns = tile_keys(p.value_dim) / 8;
   uint4* const out = workspace.key_products +

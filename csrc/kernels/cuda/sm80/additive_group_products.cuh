@@ -19,6 +19,11 @@ constexpr float kLog2E = 1.44269504f;
 
 // 2^28 in every product of a key, and in those of a query where it is needed: docs/kernels.md.
 constexpr float kFactor = 0x1p28f;
+// A denominator of joined groups is at least this, or fewer are joined: 2^-126 is the last normal
+// number, which the reciprocal needs, and products are rounded.
+constexpr float kLeastDenominator = 0x1p-116f;
+// The error of a score is about 2^-9 |scale| |w|_2: docs/tolerances.md.
+constexpr float kLargestWeightNorm = 16;
 
 // Two numbers in a register, the first one in the lower half.
 template <typename T>
@@ -72,5 +77,28 @@ __device__ __forceinline__ uint2 products(const float (&smaller)[4], float facto
   return {pack<__nv_bfloat16>(minus * first.minus, minus * first.plus),
           pack<__nv_bfloat16>(plus * first.minus, plus * first.plus)};
 }
+
+// Of the weights times scale, for all lanes of a warp.
+struct WeightNorms {
+  float squares;  // |w|_2 squared
+  float sum;      // |w|_1, which no score exceeds
+
+  template <typename T>
+  static __device__ __forceinline__ WeightNorms of(const Weight<T>& weight, std::int64_t dims,
+                                                   float scale) {
+    WeightNorms norms = {0, 0};
+    for (std::int64_t d = threadIdx.x % 32; d < dims; d += 32) {
+      const float w = scale * weight.at(d);
+      norms.squares += w * w;
+      norms.sum += fabsf(w);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      norms.squares += __shfl_xor_sync(~0u, norms.squares, lanes);
+      norms.sum += __shfl_xor_sync(~0u, norms.sum, lanes);
+    }
+    return norms;
+  }
+};
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

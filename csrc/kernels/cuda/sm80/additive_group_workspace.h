@@ -19,49 +19,73 @@ TSA_HOST_DEVICE constexpr int tile_keys(std::int64_t value_dim) {
   return value_dim > 128 ? 32 : 64;
 }
 
-// `Vector` is 16 bytes: a lane's part of the MMA operands of two groups and 8 keys.
-struct GroupWorkspace {
-  std::int64_t quads = 0;
-  std::int64_t key_tiles = 0;
-  std::int64_t query_tiles = 0;
-  std::int64_t parts = 0;  // of the keys, for their extremes
+// Hands out parts of a workspace, each aligned to 16 bytes. Without memory it only counts.
+class Carver {
+ public:
+  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    char* const begin = memory_ == nullptr ? nullptr : memory_ + bytes_;
+    bytes_ += (count * static_cast<std::int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return reinterpret_cast<T*>(begin);
+  }
+  std::int64_t bytes() const { return bytes_; }
 
-  uint4* key_products = nullptr;  // (B, Hk, key_tiles, quads, keys / 8, 2, 32 lanes)
-  float* extremes = nullptr;      // (B, Hk, parts, 2, features): least and largest key
-  float* centre = nullptr;        // (B, Hk, features): c
-  float* floor = nullptr;         // (B, Hk, features): sigma(-2 max |k - c|)
-  std::uint8_t* redo = nullptr;   // (B, H, query_tiles): 1 for a tile that the generic kernel takes
-  std::int64_t bytes = 0;
+ private:
+  char* memory_;
+  std::int64_t bytes_ = 0;
+};
 
-  TSA_HOST_DEVICE std::int64_t features() const { return quads * kQuadFeatures; }
+// Where the keys lie, for each feature: s(q, k) is the same for q + c, k - c, and max |k - c| is
+// the least for the middle c of least and largest key.
+struct GroupCentre {
+  std::int64_t features = 0;  // of all quads
+  std::int64_t parts = 0;     // of the keys, for their extremes
+  float* extremes = nullptr;  // (B, Hk, parts, 2, features): least and largest key
+  float* centre = nullptr;    // (B, Hk, features): c
+  float* floor = nullptr;     // (B, Hk, features): sigma(-2 max |k - c|)
 
-  static GroupWorkspace of(const AttentionProblem& p, void* memory) {
-    GroupWorkspace w;
-    const int keys = tile_keys(p.value_dim);
-    const std::int64_t kv_rows = p.batch * p.kv_heads;
-    w.quads = (p.head_dim + kQuadFeatures - 1) / kQuadFeatures;
-    w.key_tiles = (p.key_length + keys - 1) / keys;
-    w.query_tiles = (p.query_length + kRows - 1) / kRows;
-    w.parts = (p.key_length + kPartKeys - 1) / kPartKeys;
-    if (w.parts > kMostParts) w.parts = kMostParts;
-    const auto take = [&](std::int64_t bytes) {
-      char* const begin = memory == nullptr ? nullptr : static_cast<char*>(memory) + w.bytes;
-      w.bytes += (bytes + 15) / 16 * 16;
-      return begin;
-    };
-    const std::int64_t numbers = kv_rows * w.features() * static_cast<std::int64_t>(sizeof(float));
-    w.key_products = reinterpret_cast<uint4*>(take(kv_rows * w.key_tiles * w.quads * keys * 8 *
-                                                   static_cast<std::int64_t>(sizeof(uint4))));
-    w.extremes = reinterpret_cast<float*>(take(numbers * w.parts * 2));
-    w.centre = reinterpret_cast<float*>(take(numbers));
-    w.floor = reinterpret_cast<float*>(take(numbers));
-    w.redo = reinterpret_cast<std::uint8_t*>(take(p.batch * p.heads * w.query_tiles));
-    return w;
+  static GroupCentre of(const AttentionProblem& p, std::int64_t quads, Carver& carver) {
+    GroupCentre c;
+    c.features = quads * kQuadFeatures;
+    c.parts = (p.key_length + kPartKeys - 1) / kPartKeys;
+    if (c.parts > kMostParts) c.parts = kMostParts;
+    const std::int64_t numbers = p.batch * p.kv_heads * c.features;
+    c.extremes = carver.take<float>(numbers * c.parts * 2);
+    c.centre = carver.take<float>(numbers);
+    c.floor = carver.take<float>(numbers);
+    return c;
   }
 
  private:
   static constexpr std::int64_t kPartKeys = 128;
   static constexpr std::int64_t kMostParts = 32;
+};
+
+// `Vector` is 16 bytes: a lane's part of the MMA operands of two groups and 8 keys.
+struct GroupWorkspace {
+  std::int64_t quads = 0;
+  std::int64_t key_tiles = 0;
+  std::int64_t query_tiles = 0;
+
+  uint4* key_products = nullptr;  // (B, Hk, key_tiles, quads, keys / 8, 2, 32 lanes)
+  GroupCentre centre;
+  std::uint8_t* redo = nullptr;  // (B, H, query_tiles): 1 for a tile that the generic kernel takes
+  std::int64_t bytes = 0;
+
+  static GroupWorkspace of(const AttentionProblem& p, void* memory) {
+    GroupWorkspace w;
+    Carver carver(memory);
+    const int keys = tile_keys(p.value_dim);
+    w.quads = (p.head_dim + kQuadFeatures - 1) / kQuadFeatures;
+    w.key_tiles = (p.key_length + keys - 1) / keys;
+    w.query_tiles = (p.query_length + kRows - 1) / kRows;
+    w.key_products = carver.take<uint4>(p.batch * p.kv_heads * w.key_tiles * w.quads * keys * 8);
+    w.centre = GroupCentre::of(p, w.quads, carver);
+    w.redo = carver.take<std::uint8_t>(p.batch * p.heads * w.query_tiles);
+    w.bytes = carver.bytes();
+    return w;
+  }
 };
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

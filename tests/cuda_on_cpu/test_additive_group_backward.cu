@@ -1,0 +1,268 @@
+// The backward of additive attention by the group method against the reference: errors, policies,
+// sizes, ranges and their edges, and which (batch, key head)s it leaves to the generic kernel.
+#include "attention_case.h"
+
+namespace {
+
+using namespace attention_testing;
+
+constexpr auto kF16 = DType::kFloat16;
+
+// A problem of the group method, unless it says otherwise.
+constexpr Case gradients(Case c) {
+  if (c.what == What::kAttention) c.what = What::kGroupGradients;
+  if (c.dtype == DType::kFloat32) c.dtype = DType::kBFloat16;
+  c.score = ScoreKind::kAdditive;
+  return c;
+}
+
+// E = Ev = 64, one head, the distributions that errors are stated for.
+constexpr Case normal_inputs(const char* name, double magnitude, Case c = {}) {
+  c.name = name;
+  c.heads = c.kv_heads = 1;
+  c.query_length = c.query_length == 37 ? 128 : c.query_length;
+  c.key_length = c.key_length == 41 ? 128 : c.key_length;
+  c.head_dim = c.value_dim = 64;
+  c.magnitude = magnitude;
+  c.weight_magnitude = 0.5;
+  c.scale = 1;
+  if (c.gradient_error == 0) c.gradient_error = 2e-2;
+  return c;
+}
+
+const Case cases[] = {
+    // errors at normal inputs
+    normal_inputs("group gradients", 1),
+    normal_inputs("group gradients, N(0, 0.5)", 0.5),
+    normal_inputs("group gradients, N(0, 2)", 2),
+    normal_inputs("group gradients, N(0, 3)", 3),
+    normal_inputs("group gradients f16", 1, {.dtype = kF16}),
+    normal_inputs("group gradients, causal", 1, {.window_right = 0}),
+    normal_inputs("group gradients, 101 by 77", 1, {.query_length = 101, .key_length = 77}),
+    normal_inputs("group gradients after the generic forward", 1,
+                  {.what = What::kGroupGradientsAlone}),
+    normal_inputs("group gradients, q N(5, 1), k N(-2, 1)", 1, {.query_mean = 5, .key_mean = -2}),
+    normal_inputs("group gradients, q N(4, 1), k N(-4, 1)", 1, {.query_mean = 4, .key_mean = -4}),
+    // sizes
+    {.name = "group gradients length 1",
+     .query_length = 1,
+     .key_length = 1,
+     .head_dim = 1,
+     .value_dim = 1},
+    {.name = "group gradients odd sizes", .batch = 2, .query_length = 70, .key_length = 131},
+    {.name = "group gradients one quad", .key_length = 100, .head_dim = 16, .value_dim = 16},
+    {.name = "group gradients E 5, Ev 48", .head_dim = 5, .value_dim = 48},
+    {.name = "group gradients E 97, Ev 96",
+     .dtype = kF16,
+     .heads = 1,
+     .kv_heads = 1,
+     .head_dim = 97,
+     .value_dim = 96},
+    {.name = "group gradients E 40, Ev 150",
+     .heads = 1,
+     .kv_heads = 1,
+     .head_dim = 40,
+     .value_dim = 150,
+     .shared_kib = 227},
+    {.name = "group gradients E 192, Ev 30",
+     .heads = 1,
+     .kv_heads = 1,
+     .query_length = 17,
+     .key_length = 35,
+     .head_dim = 192,
+     .value_dim = 30,
+     .weight_magnitude = 0.5,
+     .shared_kib = 227},
+    {.name = "group gradients no values", .value_dim = 0},
+    {.name = "group gradients little shared memory",
+     .query_length = 70,
+     .head_dim = 64,
+     .value_dim = 64,
+     .shared_kib = 99},
+    // layouts
+    {.name = "group gradients heads inside",
+     .batch = 2,
+     .heads = 3,
+     .kv_heads = 3,
+     .head_dim = 16,
+     .value_dim = 8,
+     .layout = Layout::kHeadsInside},
+    {.name = "group gradients every other feature",
+     .dtype = kF16,
+     .value_dim = 24,
+     .layout = Layout::kEveryOther},
+    {.name = "group gradients shared batch", .batch = 2, .layout = Layout::kSharedBatch},
+    // grouped heads, weights
+    {.name = "group gradients grouped heads",
+     .batch = 2,
+     .heads = 6,
+     .kv_heads = 2,
+     .query_length = 40,
+     .key_length = 50},
+    {.name = "group gradients weight per sample", .batch = 2, .weight_per_batch = true},
+    {.name = "group gradients one weight", .batch = 2, .weight_per_head = false},
+    // masks
+    {.name = "group gradients bool mask",
+     .batch = 2,
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kBool},
+    {.name = "group gradients bool mask of keys",
+     .dtype = kF16,
+     .batch = 2,
+     .mask = MaskKind::kBool,
+     .mask_broadcast = {false, true, true, false}},
+    {.name = "group gradients float mask", .batch = 2, .mask = MaskKind::kFloat},
+    {.name = "group gradients float32 mask", .mask = MaskKind::kFloat, .float32_mask = true},
+    {.name = "group gradients mask of lowest numbers",
+     .mask = MaskKind::kFloat,
+     .float32_mask = true,
+     .special = Special::kLowestMask},
+    {.name = "group gradients blocks hidden by a mask",
+     .query_length = 70,
+     .key_length = 330,
+     .mask = MaskKind::kBool,
+     .special = Special::kHiddenBlocks},
+    // ranges of keys
+    {.name = "group gradients causal, long",
+     .query_length = 131,
+     .key_length = 131,
+     .window_right = 0},
+    {.name = "group gradients window",
+     .query_length = 131,
+     .key_length = 100,
+     .window_left = 9,
+     .window_right = 3,
+     .query_offset = -20},
+    {.name = "group gradients lengths, starts, offsets",
+     .batch = 3,
+     .lengths = true,
+     .starts = true,
+     .offsets = true,
+     .window_right = 0},
+    {.name = "group gradients grouped heads, window",
+     .heads = 4,
+     .kv_heads = 2,
+     .query_length = 100,
+     .key_length = 90,
+     .window_left = 20,
+     .window_right = 0,
+     .query_offset = 5},
+    {.name = "group gradients rows without a key", .window_right = 0, .query_offset = -12},
+    {.name = "group gradients no row has a key", .window_right = 0, .query_offset = -100},
+    // ALiBi, dropout, lse
+    {.name = "group gradients slopes, causal",
+     .heads = 4,
+     .query_length = 70,
+     .key_length = 131,
+     .offsets = true,
+     .slopes = true,
+     .window_right = 0},
+    {.name = "group gradients float32 slopes, mask",
+     .batch = 2,
+     .mask = MaskKind::kFloat,
+     .slopes = true,
+     .slopes_per_batch = true,
+     .float32_slopes = true},
+    {.name = "group gradients dropout",
+     .batch = 2,
+     .query_length = 66,
+     .key_length = 67,
+     .dropout_p = 0.3},
+    {.name = "group gradients f16 dropout, mask",
+     .dtype = kF16,
+     .mask = MaskKind::kBool,
+     .dropout_p = 0.6},
+    {.name = "group gradients dropout of all", .dropout_p = 1.0},
+    {.name = "group gradients lse gradient", .batch = 2, .window_right = 0, .grad_lse = true},
+    // numbers that must not spread
+    {.name = "group gradients NaN behind a mask",
+     .mask = MaskKind::kBool,
+     .special = Special::kNanBehindMask,
+     .redo = Redo::kAll},
+    {.name = "group gradients NaN behind lengths",
+     .lengths = true,
+     .special = Special::kNanBehindMask},
+    {.name = "group gradients inf behind lengths",
+     .lengths = true,
+     .special = Special::kInfBehindMask},
+    {.name = "group gradients NaN inside",
+     .query_length = 70,
+     .window_right = 0,
+     .query_offset = -15,
+     .special = Special::kNanInside,
+     .redo = Redo::kSome},
+    // the range
+    {.name = "group gradients far edge",
+     .head_dim = 16,
+     .magnitude = 9.875,
+     .weight_magnitude = 0.5,
+     .special = Special::kRange},
+    {.name = "group gradients beyond",
+     .head_dim = 16,
+     .magnitude = 9.9375,
+     .weight_magnitude = 0.5,
+     .special = Special::kRange,
+     .redo = Redo::kAll},
+    {.name = "group gradients N(0, 50)", .magnitude = 50, .redo = Redo::kAll},
+    {.name = "group gradients N(0, 1e4)", .magnitude = 1e4, .redo = Redo::kAll},
+    {.name = "group gradients saturated queries", .special = Special::kSaturatedQueries},
+    {.name = "group gradients queries of 50", .query_mean = 50},
+    {.name = "group gradients queries of -1e4", .query_mean = -1e4},
+    {.name = "group gradients keys of 50, queries of -50", .query_mean = -50, .key_mean = 50},
+    {.name = "group gradients one huge key",
+     .query_length = 70,
+     .key_length = 67,
+     .head_dim = 40,
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
+    {.name = "group gradients huge numbers", .special = Special::kHugeScores, .redo = Redo::kSome},
+    {.name = "group gradients large weights", .weight_magnitude = 30, .redo = Redo::kAll},
+};
+
+template <std::size_t n>
+void run() {
+  run_case(gradients(cases[n]));
+}
+
+template <std::size_t... n>
+std::vector<testing::Test> all(std::index_sequence<n...>) {
+  return {testing::Test(cases[n].name, run<n>)...};
+}
+
+void refusals() {
+  using torch_selfattn::kernels::cuda::sm80::additive_group_backward_not_supported;
+  const auto refused = [](auto change) {
+    AttentionBackward call;
+    AttentionProblem& p = call.problem;
+    p.dtype = DType::kBFloat16;
+    p.score = ScoreKind::kAdditive;
+    p.batch = p.heads = p.kv_heads = 1;
+    p.query_length = p.key_length = p.head_dim = p.value_dim = 64;
+    torch_selfattn::kernels::cuda::sm80::DeviceLimits device{8, 99 * 1024};
+    change(call, p, device);
+    return additive_group_backward_not_supported(call, device) != nullptr;
+  };
+  CHECK(!refused([](auto&, auto&, auto&) {}));
+  CHECK(!refused([](auto&, auto& p, auto&) { p.head_dim = 96; }));
+  CHECK(!refused([](auto&, auto& p, auto& device) {
+    p.head_dim = p.value_dim = 192;
+    device.shared_bytes_per_block = 227 * 1024;
+  }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.dtype = DType::kFloat32; }));
+  CHECK(refused([](auto&, auto&, auto& device) { device.capability_major = 7; }));
+  CHECK(refused([](auto& call, auto&, auto&) { call.grad_mask = &call; }));
+  CHECK(refused([](auto& call, auto&, auto&) { call.grad_slopes = &call; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 0; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 193; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.value_dim = 193; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.key_length = 0; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 192; }));  // too little shared memory
+  CHECK(refused([](auto&, auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
+}
+
+const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const testing::Test refusals_test("group gradients refusals", refusals);
+
+}  // namespace
