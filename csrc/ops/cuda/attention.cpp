@@ -17,9 +17,20 @@
 // for the GPU, so key_lengths and key_starts are not looked at; the kernels clamp them.
 namespace torch_selfattn::ops::cuda {
 
-namespace {
-
 using at::Tensor;
+
+void generic_backward(const BackwardRequest& request, BackwardResults& results) {
+  // Freed on return; the allocator gives it to no other stream before this one's work is done.
+  const Tensor workspace =
+      at::empty({kernels::cuda::attention_backward_workspace_bytes(request.prepared.problem)},
+                request.tensors.query.options().dtype(at::kByte));
+  C10_CUDA_CHECK(kernels::cuda::attention_backward(
+      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
+                         request.lse, results),
+      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
+
+namespace {
 
 const char* generic_not_supported(const ForwardRequest& request) {
   return kernels::cuda::attention_not_supported(request.prepared.problem);
@@ -34,17 +45,6 @@ const char* generic_backward_not_supported(const BackwardRequest& request) {
   return kernels::cuda::attention_not_supported(request.prepared.problem);
 }
 
-void generic_backward(const BackwardRequest& request, BackwardResults& results) {
-  // Freed on return; the allocator gives it to no other stream before this one's work is done.
-  const Tensor workspace =
-      at::empty({kernels::cuda::attention_backward_workspace_bytes(request.prepared.problem)},
-                request.tensors.query.options().dtype(at::kByte));
-  C10_CUDA_CHECK(kernels::cuda::attention_backward(
-      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
-                         request.lse, results),
-      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-}
-
 const ForwardImplementation forward_implementations[] = {
     {"cudnn", cudnn_not_supported, cudnn_forward},
     {"flash", flash_not_supported, flash_forward},
@@ -57,7 +57,7 @@ const BackwardImplementation backward_implementations[] = {
     {"cudnn", cudnn_backward_not_supported, cudnn_backward},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
-    {kAdditiveGroup, additive_group_backward_not_supported, generic_backward},
+    {kAdditiveGroup, additive_group_backward_not_supported, additive_group_backward},
     {"generic", generic_backward_not_supported, generic_backward},
 };
 

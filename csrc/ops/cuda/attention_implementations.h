@@ -55,10 +55,14 @@ void efficient_forward(const ForwardRequest& request, ForwardResults& results);
 const char* efficient_backward_not_supported(const BackwardRequest& request);
 void efficient_backward(const BackwardRequest& request, BackwardResults& results);
 
-// Additive attention on tensor cores. Its forward only; the backward after it is the generic one.
+// For every problem that its kernels can index.
+void generic_backward(const BackwardRequest& request, BackwardResults& results);
+
+// Additive attention on tensor cores. Where its backward has no kernel the generic one runs.
 constexpr const char* kAdditiveGroup = "additive_group";
 const char* additive_group_not_supported(const ForwardRequest& request);
 void additive_group_forward(const ForwardRequest& request, ForwardResults& results);
 const char* additive_group_backward_not_supported(const BackwardRequest& request);
+void additive_group_backward(const BackwardRequest& request, BackwardResults& results);
 
 }  // namespace torch_selfattn::ops::cuda
