@@ -46,10 +46,21 @@ PROGRAMS = {
     "attention": Program(
         ("test_attention.cu", "test_attention_weights.cu"),
         GENERIC,
-        ("sm80/additive_group",),
+        ("sm80/additive_group", "sm80/additive_group_backward"),
         "kFloat32",
     ),
-    "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), GENERIC, "kBFloat16"),
+    "group": Program(
+        ("test_additive_group.cu",),
+        ("sm80/additive_group",),
+        (*GENERIC, "sm80/additive_group_backward"),
+        "kBFloat16",
+    ),
+    "group gradients": Program(
+        ("test_additive_group_backward.cu",),
+        ("sm80/additive_group_backward",),
+        (*GENERIC, "sm80/additive_group"),
+        "kBFloat16",
+    ),
 }
 
 # Replacements that leave one dtype in the kernels: (file, text, dtype it is for, without it).
@@ -67,7 +78,13 @@ DTYPES = [
         "? forward<__half>(call, workspace, stream)",
         "kFloat16",
         "? cudaErrorInvalidValue",
-    )
+    ),
+    (
+        "sm80/additive_group_backward.cu",
+        "? Launches<__half>(call, device, workspace, stream).all()",
+        "kFloat16",
+        "? cudaErrorInvalidValue",
+    ),
 ]
 
 
@@ -83,10 +100,12 @@ class Fault:
 
     @property
     def program(self) -> Program:
-        return PROGRAMS["group" if self.test.startswith("group") else "attention"]
+        found = [name for name in PROGRAMS if self.test.startswith(name)]
+        return PROGRAMS[max(found, key=len) if found else "attention"]
 
 
 FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
+GRADIENTS = "kernels/cuda/sm80/additive_group_gradients.cuh"
 
 FAULTS = [
     Fault(
@@ -303,6 +322,39 @@ FAULTS = [
         "asan",
         "group odd sizes",
         "AddressSanitizer",
+    ),
+    Fault(
+        "gradients: g read before all warps have written it",
+        GRADIENTS,
+        "pack<T>(weight[0], weight[1]);\n      }\n      barrier_sync(1 + stripe, 32 * quads);",
+        "pack<T>(weight[0], weight[1]);\n      }",
+        "race",
+        "group gradients odd sizes",
+        "data race",
+    ),
+    Fault(
+        "gradients: values of dropped pairs",
+        GRADIENTS,
+        "weight[n] = factor == 0 ? 0.0f : kWeightFactor<T> * probability;",
+        "weight[n] = kWeightFactor<T> * probability;",
+        "plain",
+        "group gradients dropout",
+    ),
+    Fault(
+        "gradients: sums of one head left for the next",
+        GRADIENTS,
+        "if (kOwnsKeys) sum = 0;",
+        "",
+        "plain",
+        "group gradients grouped heads",
+    ),
+    Fault(
+        "gradients: NaN not left to the generic kernel",
+        GRADIENTS,
+        "finite = finite && fabsf(x) <= kLargest<float>;",
+        "",
+        "plain",
+        "group gradients NaN",
     ),
 ]
 
