@@ -348,14 +348,6 @@ FAULTS = [
         "plain",
         "group gradients grouped heads",
     ),
-    Fault(
-        "gradients: NaN not left to the generic kernel",
-        GRADIENTS,
-        "finite = finite && fabsf(x) <= kLargest<float>;",
-        "",
-        "plain",
-        "group gradients NaN",
-    ),
 ]
 
 
