@@ -46,10 +46,21 @@ PROGRAMS = {
     "attention": Program(
         ("test_attention.cu", "test_attention_weights.cu"),
         GENERIC,
-        ("sm80/additive_group",),
+        ("sm80/additive_group", "sm80/additive_group_backward"),
         "kFloat32",
     ),
-    "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), GENERIC, "kBFloat16"),
+    "group": Program(
+        ("test_additive_group.cu",),
+        ("sm80/additive_group",),
+        (*GENERIC, "sm80/additive_group_backward"),
+        "kBFloat16",
+    ),
+    "group gradients": Program(
+        ("test_additive_group_backward.cu",),
+        ("sm80/additive_group_backward",),
+        (*GENERIC, "sm80/additive_group"),
+        "kBFloat16",
+    ),
 }
 
 # Replacements that leave one dtype in the kernels: (file, text, dtype it is for, without it).
@@ -67,7 +78,13 @@ DTYPES = [
         "? forward<__half>(call, workspace, stream)",
         "kFloat16",
         "? cudaErrorInvalidValue",
-    )
+    ),
+    (
+        "sm80/additive_group_backward.cu",
+        "? Launches<__half>(call, device, workspace, stream).all()",
+        "kFloat16",
+        "? cudaErrorInvalidValue",
+    ),
 ]
 
 
@@ -83,10 +100,14 @@ class Fault:
 
     @property
     def program(self) -> Program:
-        return PROGRAMS["group" if self.test.startswith("group") else "attention"]
+        for name in ("group gradients", "group"):
+            if self.test.startswith(name):
+                return PROGRAMS[name]
+        return PROGRAMS["attention"]
 
 
 FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
+GRADIENTS = "kernels/cuda/sm80/additive_group_gradients.cuh"
 
 FAULTS = [
     Fault(
@@ -303,6 +324,66 @@ FAULTS = [
         "asan",
         "group odd sizes",
         "AddressSanitizer",
+    ),
+    Fault(
+        "group: gradients from parts of scores that are not there yet",
+        GRADIENTS,
+        "      barrier_sync(1 + stripe, 32 * quads);\n#pragma unroll 1\n      for (int piece",
+        "#pragma unroll 1\n      for (int piece",
+        "race",
+        "group gradients odd sizes",
+        "data race",
+    ),
+    Fault(
+        "group: columns loaded over before all warps have used them",
+        GRADIENTS,
+        "    cp_async_wait<0>();\n    __syncthreads();",
+        "    cp_async_wait<0>();\n    barrier_sync(1 + stripe, 32 * quads);",
+        "race",
+        "group gradients odd sizes",
+        "data race",
+    ),
+    Fault(
+        "group: gradients of a key of one head only",
+        GRADIENTS,
+        "if (kOwnsKeys) sum = 0;",
+        "",
+        "plain",
+        "group gradients grouped heads",
+        "grad_key",
+    ),
+    Fault(
+        "group: num / den rounded without its constant",
+        "kernels/cuda/sm80/additive_group_gradients_pieces.cuh",
+        "constant += __shfl_xor_sync(~0u, constant, 2);",
+        "constant = 0;",
+        "plain",
+        "group gradients, q N(5, 1), k N(-2, 1)",
+        "relative error",
+    ),
+    Fault(
+        "group: queries' sums of p not left for the keys",
+        GRADIENTS,
+        "workspace.statistics[query].y -= log2f(sum);",
+        "",
+        "plain",
+        "group gradients saturated queries",
+    ),
+    Fault(
+        "group: NaN in gradients not done again",
+        GRADIENTS,
+        "if (__syncthreads_and(finite) == 0 &&",
+        "if (__syncthreads_and(finite) == 2 &&",
+        "plain",
+        "group gradients NaN behind a mask",
+    ),
+    Fault(
+        "group: keys drop what other queries drop",
+        "kernels/cuda/sm80/additive_group_gradients_pieces.cuh",
+        "Dropout::block_index(row + q, pairs.key, p.key_length)",
+        "Dropout::block_index(row, pairs.key, p.key_length)",
+        "plain",
+        "group gradients dropout",
     ),
 ]
 

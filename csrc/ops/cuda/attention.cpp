@@ -57,7 +57,7 @@ const BackwardImplementation backward_implementations[] = {
     {"cudnn", cudnn_backward_not_supported, cudnn_backward},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
-    {kAdditiveGroup, additive_group_backward_not_supported, generic_backward},
+    {kAdditiveGroup, additive_group_backward_not_supported, additive_group_backward},
     {"generic", generic_backward_not_supported, generic_backward},
 };
 
@@ -86,8 +86,9 @@ void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
   const Tensor lse = inputs.lse.contiguous();
   const Tensor grad_lse =
       inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  const bool bias_gradients = inputs.attn_mask_grad || inputs.alibi_slopes_grad;
   const BackwardRequest request{tensors,  options,       prepared, inputs.grad_output,
-                                grad_lse, inputs.output, lse};
+                                grad_lse, inputs.output, lse,      bias_gradients};
   choose_from(backward_implementations, request, tensors.name(), "backward", "cuda")
       .run(request, results);
 }
