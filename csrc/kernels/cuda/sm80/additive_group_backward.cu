@@ -53,9 +53,12 @@ class Launches {
 
   template <bool kOwnsKeys>
   void gradients() {
-    run(additive_group_gradients_kernel<T, kOwnsKeys>,
-        GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
-        shape_.shared_bytes(), call_, workspace_, shape_);
+    const auto start = [&](auto kernel) {
+      run(kernel, GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
+          shape_.shared_bytes(), call_, workspace_, shape_);
+    };
+    if (shape_.quads == 4) return start(additive_group_gradients_kernel<T, kOwnsKeys, 4>);
+    start(additive_group_gradients_kernel<T, kOwnsKeys, 0>);
   }
 
   template <typename Launch>

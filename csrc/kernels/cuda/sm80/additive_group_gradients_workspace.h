@@ -35,7 +35,10 @@ struct GradientShape {
   TSA_HOST_DEVICE unsigned partials_at() const { return statistics_at() + 2 * kColumnTokens * 16U; }
   TSA_HOST_DEVICE unsigned products_at() const { return partials_at() + warps() * 1024U; }
   TSA_HOST_DEVICE unsigned gradients_at() const { return products_at() + stripes * 2048U; }
-  TSA_HOST_DEVICE unsigned shared_bytes() const { return gradients_at() + stripes * 1024U; }
+  TSA_HOST_DEVICE unsigned owner_at() const { return gradients_at() + stripes * 1024U; }
+  TSA_HOST_DEVICE unsigned shared_bytes() const { return owner_at() + kOwnerBytes; }
+
+  static constexpr unsigned kOwnerBytes = 256;  // of a GradientOwner, at most
 
   // As many stripes as fit; at least one.
   static GradientShape of(const AttentionProblem& p, std::int64_t shared_bytes_per_block) {
