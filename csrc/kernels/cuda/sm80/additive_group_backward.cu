@@ -57,8 +57,8 @@ class Launches {
       run(kernel, GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
           shape_.shared_bytes(), call_, workspace_, shape_);
     };
-    if (shape_.quads == 4) return start(additive_group_gradients_kernel<T, kOwnsKeys, 4>);
-    start(additive_group_gradients_kernel<T, kOwnsKeys, 0>);
+    if (shape_ == kShapeOf64) return start(additive_group_gradients_kernel<T, kOwnsKeys, true>);
+    start(additive_group_gradients_kernel<T, kOwnsKeys, false>);
   }
 
   template <typename Launch>

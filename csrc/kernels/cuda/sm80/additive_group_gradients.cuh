@@ -42,17 +42,18 @@
 // by the other stripes.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
-// `kQuads`: 4 for E and Ev of 49 to 64, whose counts are these; 0 for others.
-template <typename T, bool kOwnsKeys, int kQuads>
+// `kOf64`: the shape is kShapeOf64.
+template <typename T, bool kOwnsKeys, bool kOf64>
 __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     additive_group_gradients_kernel(const __grid_constant__ AttentionBackward call,
                                     const __grid_constant__ GradientWorkspace workspace,
-                                    const __grid_constant__ GradientShape shape) {
+                                    const __grid_constant__ GradientShape any_shape) {
   using BFloat16 = __nv_bfloat16;
   using Owner = GradientOwner<kOwnsKeys>;
   static_assert(sizeof(Owner) <= GradientShape::kOwnerBytes);
   const AttentionProblem& p = call.problem;
-  const int quads = kQuads > 0 ? kQuads : shape.quads;
+  const GradientShape shape = kOf64 ? kShapeOf64 : any_shape;
+  const int quads = shape.quads;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int stripe = warp / quads;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     const uint4* from =
         owner.products + of_head * owner.products_of_head + std::int64_t{tile} * count + thread;
     uint4* const to = columns + stage * count;
-#pragma unroll 1
+#pragma unroll(kOf64 ? 3 : 1)
     for (int n = thread; n < count; n += threads) {
       cp_async16(to + n, from);
       from += threads;
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
           const auto pairs = PiecePairs<kOwnsKeys>::of(owner.first_row + row,
                                                        std::int64_t{tile} * kColumnTokens + column);
           mine.add_bias(p, owner.batch, head, pairs);
-          if (drops) mine.draw(p, owner.batch, head, pairs);
+          if (drops) mine.draw(owner.dropout, p, owner.batch, head, pairs);
         }
         const float2 product = products[(batch * kPieces + piece) * 32 + lane];
         float weight[2];

@@ -100,6 +100,7 @@ struct alignas(16) GradientOwner {
   const float4* statistics;  // of these, if they are queries
   std::int64_t statistics_of_head;
   ValueSource values;  // of the columns
+  Dropout dropout;     // if there is any
 
   static __host__ __device__ std::int64_t blocks_of_head(const AttentionProblem& p,
                                                          const GradientShape& shape) {
@@ -153,6 +154,7 @@ struct alignas(16) GradientOwner {
     owner.statistics_of_head = stripes * kStripe;
     owner.statistics = workspace.statistics + columns * owner.statistics_of_head;
     owner.values = values_of<T>(call, owner, !kOwnsKeys, keys);
+    if (p.dropout_p > 0) owner.dropout = Dropout::make(p.dropout_p, p.philox_state);
     return owner;
   }
 
