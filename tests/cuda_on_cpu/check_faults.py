@@ -367,7 +367,8 @@ FAULTS = [
         "workspace.statistics[query].y -= log2f(sum);",
         "",
         "plain",
-        "group gradients saturated queries",
+        "group gradients, q N(5, 1), k N(-2, 1)",
+        "relative error",
     ),
     Fault(
         "group: NaN in gradients not done again",

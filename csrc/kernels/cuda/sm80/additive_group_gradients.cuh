@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
   const auto warps = static_cast<std::uint32_t>(shape.warps());
   const auto stripes = static_cast<std::uint32_t>(shape.stripes);
   const auto value_size = static_cast<std::uint32_t>(shape.value_chunks) * 8;  // of a token
-  uint4* const rows = shared_at<uint4>(0, warps * 128) + warp * 128;
-  uint4* const weighted = shared_at<uint4>(shape.weighted_at(), warps * 128) + warp * 128;
+  uint4* const rows = shared_at<uint4>(0, 2 * warps * 128) + warp * 128;
+  uint4* const weighted = rows + warps * 128;
   uint4* const columns = shared_at<uint4>(shape.columns_at(), 2 * shape.column_bytes() / 16);
   T* const row_values = shared_at<T>(shape.row_values_at(), shape.rows() * value_size);
   T* const column_values = shared_at<T>(shape.column_values_at(), 2 * kColumnTokens * value_size);
@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
   float row_sum[2] = {};  // of p of rows l / 4 and l / 4 + 8, over the lane's columns
   const auto lanes = LaneRows::get();
   const std::uint32_t rows_at = shared_address(rows) + lanes.of_a;
-  const std::uint32_t weighted_at = shared_address(weighted) + lanes.of_a;
 
   const bool drops = p.dropout_p > 0;
   int stage = 0;
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       {
         float scores[2][4] = {{constants, constants, constants, constants},
                               {constants, constants, constants, constants}};
-        kept.compute(scores, rows_at, weighted_at, batch_at + lanes.of_b);
+        kept.compute(scores, rows_at, rows_at + shape.weighted_at(), batch_at + lanes.of_b);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           partials[(piece * quads + quad) * 32 + lane] =
@@ -226,9 +225,10 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       barrier_sync(1 + stripe, 32 * quads);
 #pragma unroll 1
       for (int piece = quad; piece < kPieces; piece += quads) {
+        const int lane_here = thread_index_here() % 32;
         Piece<T, kOwnsKeys> mine;
         {
-          const float2* const parts = partials + piece * quads * 32 + lane;
+          const float2* const parts = partials + piece * quads * 32 + lane_here;
           float2 sum = parts[0];
 #pragma unroll 3
           for (int other = 1; other < quads; ++other) {
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
           mine.score_of(0) = sum.x;
           mine.score_of(1) = sum.y;
         }
-        const int row = stripe * kStripe + lane / 4 + piece % 2 * 8;
-        const int column = batch * 16 + piece / 2 * 8 + lane % 4 * 2;
+        const int row = stripe * kStripe + lane_here / 4 + piece % 2 * 8;
+        const int column = batch * 16 + piece / 2 * 8 + lane_here % 4 * 2;
         mine.factor[0][0] = mine.factor[Piece<T, kOwnsKeys>::Q - 1][Piece<T, kOwnsKeys>::K - 1] = 1;
         if (!plain) {
           const auto pairs = PiecePairs<kOwnsKeys>::of(owner.first_row + row,
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
           mine.add_bias(p, owner.batch, head, pairs);
           if (drops) mine.draw(owner.dropout, p, owner.batch, head, pairs);
         }
-        const float2 product = products[(batch * kPieces + piece) * 32 + lane];
+        const float2 product = products[(batch * kPieces + piece) * 32 + lane_here];
         float weight[2];
         float gradient[2];
 #pragma unroll
@@ -265,8 +265,9 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
             row_sum[1] += piece % 2 == 1 ? probability : 0.0f;
           }
         }
-        gradients[lane * 4 + piece] = pack<BFloat16>(gradient[0], gradient[1]);
-        if constexpr (kOwnsKeys) gradients[128 + lane * 4 + piece] = pack<T>(weight[0], weight[1]);
+        gradients[lane_here * 4 + piece] = pack<BFloat16>(gradient[0], gradient[1]);
+        if constexpr (kOwnsKeys)
+          gradients[128 + lane_here * 4 + piece] = pack<T>(weight[0], weight[1]);
       }
       barrier_sync(1 + stripe, 32 * quads);
       {
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
         std::uint32_t x[4];
         std::uint32_t wx[4];
         ldmatrix(x, rows_at ^ (group * 32));
-        ldmatrix(wx, weighted_at ^ (group * 32));
+        ldmatrix(wx, (rows_at + shape.weighted_at()) ^ (group * 32));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
