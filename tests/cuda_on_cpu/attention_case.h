@@ -260,7 +260,7 @@ class GroupRun {
 
   void backward(const AttentionBackward& call) const {
     const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_group_backward_not_supported(call, device_) == nullptr);
+    CHECK(cuda::sm80::additive_group_backward_not_supported(p, false, device_) == nullptr);
     const testing::DeviceArray<char> workspace(
         static_cast<std::size_t>(cuda::sm80::additive_group_backward_workspace_bytes(p)));
     CHECK(cuda::sm80::additive_group_backward(call, device_, workspace.data(), nullptr) ==

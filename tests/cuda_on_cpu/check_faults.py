@@ -100,8 +100,10 @@ class Fault:
 
     @property
     def program(self) -> Program:
-        found = [name for name in PROGRAMS if self.test.startswith(name)]
-        return PROGRAMS[max(found, key=len) if found else "attention"]
+        for name in ("group gradients", "group"):
+            if self.test.startswith(name):
+                return PROGRAMS[name]
+        return PROGRAMS["attention"]
 
 
 FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
@@ -324,29 +326,65 @@ FAULTS = [
         "AddressSanitizer",
     ),
     Fault(
-        "gradients: g read before all warps have written it",
+        "group: gradients from parts of scores that are not there yet",
         GRADIENTS,
-        "pack<T>(weight[0], weight[1]);\n      }\n      barrier_sync(1 + stripe, 32 * quads);",
-        "pack<T>(weight[0], weight[1]);\n      }",
+        "      barrier_sync(1 + stripe, 32 * quads);\n#pragma unroll 1\n      for (int piece",
+        "#pragma unroll 1\n      for (int piece",
         "race",
         "group gradients odd sizes",
         "data race",
     ),
     Fault(
-        "gradients: values of dropped pairs",
+        "group: columns loaded over before all warps have used them",
         GRADIENTS,
-        "weight[n] = factor == 0 ? 0.0f : kWeightFactor<T> * probability;",
-        "weight[n] = kWeightFactor<T> * probability;",
-        "plain",
-        "group gradients dropout",
+        "    cp_async_wait<0>();\n    __syncthreads();",
+        "    cp_async_wait<0>();\n    barrier_sync(1 + stripe, 32 * quads);",
+        "race",
+        "group gradients odd sizes",
+        "data race",
     ),
     Fault(
-        "gradients: sums of one head left for the next",
+        "group: gradients of a key of one head only",
         GRADIENTS,
         "if (kOwnsKeys) sum = 0;",
         "",
         "plain",
         "group gradients grouped heads",
+        "grad_key",
+    ),
+    Fault(
+        "group: num / den rounded without its constant",
+        "kernels/cuda/sm80/additive_group_gradients_pieces.cuh",
+        "constant += __shfl_xor_sync(~0u, constant, 2);",
+        "constant = 0;",
+        "plain",
+        "group gradients, q N(5, 1), k N(-2, 1)",
+        "relative error",
+    ),
+    Fault(
+        "group: queries' sums of p not left for the keys",
+        GRADIENTS,
+        "workspace.statistics[query].y -= log2f(sum);",
+        "",
+        "plain",
+        "group gradients, q N(5, 1), k N(-2, 1)",
+        "relative error",
+    ),
+    Fault(
+        "group: NaN in gradients not done again",
+        GRADIENTS,
+        "if (__syncthreads_and(finite) == 0 &&",
+        "if (__syncthreads_and(finite) == 2 &&",
+        "plain",
+        "group gradients NaN behind a mask",
+    ),
+    Fault(
+        "group: keys drop what other queries drop",
+        "kernels/cuda/sm80/additive_group_gradients_pieces.cuh",
+        "Dropout::block_index(row + q, pairs.key, p.key_length)",
+        "Dropout::block_index(row, pairs.key, p.key_length)",
+        "plain",
+        "group gradients dropout",
     ),
 ]
 

@@ -17,20 +17,9 @@
 // for the GPU, so key_lengths and key_starts are not looked at; the kernels clamp them.
 namespace torch_selfattn::ops::cuda {
 
-using at::Tensor;
-
-void generic_backward(const BackwardRequest& request, BackwardResults& results) {
-  // Freed on return; the allocator gives it to no other stream before this one's work is done.
-  const Tensor workspace =
-      at::empty({kernels::cuda::attention_backward_workspace_bytes(request.prepared.problem)},
-                request.tensors.query.options().dtype(at::kByte));
-  C10_CUDA_CHECK(kernels::cuda::attention_backward(
-      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
-                         request.lse, results),
-      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-}
-
 namespace {
+
+using at::Tensor;
 
 const char* generic_not_supported(const ForwardRequest& request) {
   return kernels::cuda::attention_not_supported(request.prepared.problem);
@@ -43,6 +32,17 @@ void generic_forward(const ForwardRequest& request, ForwardResults& results) {
 
 const char* generic_backward_not_supported(const BackwardRequest& request) {
   return kernels::cuda::attention_not_supported(request.prepared.problem);
+}
+
+void generic_backward(const BackwardRequest& request, BackwardResults& results) {
+  // Freed on return; the allocator gives it to no other stream before this one's work is done.
+  const Tensor workspace =
+      at::empty({kernels::cuda::attention_backward_workspace_bytes(request.prepared.problem)},
+                request.tensors.query.options().dtype(at::kByte));
+  C10_CUDA_CHECK(kernels::cuda::attention_backward(
+      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
+                         request.lse, results),
+      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 const ForwardImplementation forward_implementations[] = {
@@ -86,8 +86,9 @@ void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
   const Tensor lse = inputs.lse.contiguous();
   const Tensor grad_lse =
       inputs.grad_lse.has_value() ? inputs.grad_lse->to(lse.scalar_type()).contiguous() : Tensor();
+  const bool bias_gradients = inputs.attn_mask_grad || inputs.alibi_slopes_grad;
   const BackwardRequest request{tensors,  options,       prepared, inputs.grad_output,
-                                grad_lse, inputs.output, lse};
+                                grad_lse, inputs.output, lse,      bias_gradients};
   choose_from(backward_implementations, request, tensors.name(), "backward", "cuda")
       .run(request, results);
 }

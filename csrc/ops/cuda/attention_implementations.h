@@ -25,6 +25,7 @@ struct BackwardRequest {
   const at::Tensor& grad_lse;  // undefined without a gradient
   const at::Tensor& output;
   const at::Tensor& lse;  // contiguous
+  bool bias_gradients;    // those of mask or slopes are asked for
 };
 
 struct ForwardImplementation {
@@ -55,10 +56,7 @@ void efficient_forward(const ForwardRequest& request, ForwardResults& results);
 const char* efficient_backward_not_supported(const BackwardRequest& request);
 void efficient_backward(const BackwardRequest& request, BackwardResults& results);
 
-// For every problem that its kernels can index.
-void generic_backward(const BackwardRequest& request, BackwardResults& results);
-
-// Additive attention on tensor cores. Where its backward has no kernel the generic one runs.
+// Additive attention on tensor cores.
 constexpr const char* kAdditiveGroup = "additive_group";
 const char* additive_group_not_supported(const ForwardRequest& request);
 void additive_group_forward(const ForwardRequest& request, ForwardResults& results);

@@ -25,9 +25,10 @@ std::int64_t additive_group_workspace_bytes(const AttentionProblem& problem);
 cudaError_t additive_group_forward(const AttentionForward& call, void* workspace,
                                    cudaStream_t stream);
 
-// Backward, whichever forward left (out, lse). Its reasons are its own.
-const char* additive_group_backward_not_supported(const AttentionBackward& call,
-                                                  const DeviceLimits& device);
+// Backward, whichever forward left (out, lse). Its reasons are its own; `bias_gradients`: those of
+// mask or slopes are asked for.
+const char* additive_group_backward_not_supported(const AttentionProblem& problem,
+                                                  bool bias_gradients, const DeviceLimits& device);
 
 // Eight launches; the generic kernel is among them, for the (batch, key head)s that the method
 // leaves to it. `workspace` as above.

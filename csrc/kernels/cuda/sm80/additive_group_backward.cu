@@ -53,9 +53,12 @@ class Launches {
 
   template <bool kOwnsKeys>
   void gradients() {
-    run(additive_group_gradients_kernel<T, kOwnsKeys>,
-        GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
-        shape_.shared_bytes(), call_, workspace_, shape_);
+    const auto start = [&](auto kernel) {
+      run(kernel, GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
+          shape_.shared_bytes(), call_, workspace_, shape_);
+    };
+    if (shape_ == kShapeOf64) return start(additive_group_gradients_kernel<T, kOwnsKeys, true>);
+    start(additive_group_gradients_kernel<T, kOwnsKeys, false>);
   }
 
   template <typename Launch>
@@ -81,16 +84,14 @@ class Launches {
 
 }  // namespace
 
-const char* additive_group_backward_not_supported(const AttentionBackward& call,
+const char* additive_group_backward_not_supported(const AttentionProblem& p, bool bias_gradients,
                                                   const DeviceLimits& device) {
-  const AttentionProblem& p = call.problem;
   if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
     return "the inputs are not float16 or bfloat16";
   }
   if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
-  if (call.grad_mask != nullptr) return "the gradient of the mask is asked for";
-  if (call.grad_slopes != nullptr) return "the gradient of the ALiBi slopes is asked for";
+  if (bias_gradients) return "it has no gradient of a mask or of ALiBi slopes";
   if (p.head_dim < 1) return "the queries have no elements";
   if (p.head_dim > kMostGradientDims) return "the head dim of query and key is above 192";
   if (p.value_dim > kMostGradientDims) return "the head dim of value is above 192";

@@ -42,14 +42,17 @@
 // by the other stripes.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
-template <typename T, bool kOwnsKeys>
+// `kOf64`: the shape is kShapeOf64.
+template <typename T, bool kOwnsKeys, bool kOf64>
 __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     additive_group_gradients_kernel(const __grid_constant__ AttentionBackward call,
                                     const __grid_constant__ GradientWorkspace workspace,
-                                    const __grid_constant__ GradientShape shape) {
+                                    const __grid_constant__ GradientShape any_shape) {
   using BFloat16 = __nv_bfloat16;
   using Owner = GradientOwner<kOwnsKeys>;
+  static_assert(sizeof(Owner) <= GradientShape::kOwnerBytes);
   const AttentionProblem& p = call.problem;
+  const GradientShape shape = kOf64 ? kShapeOf64 : any_shape;
   const int quads = shape.quads;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -58,72 +61,63 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
 
   const auto warps = static_cast<std::uint32_t>(shape.warps());
   const auto stripes = static_cast<std::uint32_t>(shape.stripes);
-  uint4* const rows = shared_at<uint4>(0, warps * 128) + warp * 128;
-  uint4* const weighted = shared_at<uint4>(shape.weighted_at(), warps * 128) + warp * 128;
+  const auto value_size = static_cast<std::uint32_t>(shape.value_chunks) * 8;  // of a token
+  uint4* const rows = shared_at<uint4>(0, 2 * warps * 128) + warp * 128;
+  uint4* const weighted = rows + warps * 128;
   uint4* const columns = shared_at<uint4>(shape.columns_at(), 2 * shape.column_bytes() / 16);
-  T* const row_values =
-      shared_at<T>(shape.row_values_at(), (shape.column_values_at() - shape.row_values_at()) / 2);
-  T* const column_values = shared_at<T>(shape.column_values_at(), shape.value_bytes());
+  T* const row_values = shared_at<T>(shape.row_values_at(), shape.rows() * value_size);
+  T* const column_values = shared_at<T>(shape.column_values_at(), 2 * kColumnTokens * value_size);
   float4* const statistics = shared_at<float4>(shape.statistics_at(), 2 * kColumnTokens);
-  float2* const partials = shared_at<float2>(shape.partials_at(), warps * 128);
-  float2* const products = shared_at<float2>(shape.products_at(), stripes * 256);
+  float2* const partials =
+      shared_at<float2>(shape.partials_at(), warps * 128) + stripe * quads * 128;
+  float2* const products = shared_at<float2>(shape.products_at(), stripes * 256) + stripe * 256;
   std::uint32_t* const gradients =
       shared_at<std::uint32_t>(shape.gradients_at(), stripes * 256) + stripe * 256;
+  Owner& owner = *shared_at<Owner>(shape.owner_at(), 1);
 
-  const auto owner = Owner::of(p, shape);
-  const std::int64_t kv_row = owner.batch * p.kv_heads + owner.kv_head;
-  std::uint32_t* const redo = workspace.redo + kv_row;
-  if (__syncthreads_or(threadIdx.x == 0 && atomicMax(redo, 0U) != 0) != 0) return;
+  bool redone = false;
+  if (threadIdx.x == 0) {
+    owner = Owner::template of<T>(call, workspace, shape);
+    redone = atomicMax(workspace.redo + owner.batch * p.kv_heads + owner.kv_head, 0U) != 0;
+  }
+  if (__syncthreads_or(redone) != 0) return;
 
-  const KeyRange keys = key_range(p, owner.batch);
-  const auto value_view = [&](bool of_rows, int head) {  // v for the tokens that are keys, else dO
-    return of_rows == kOwnsKeys ? Tokens<T>::of(p.value, owner.batch, owner.kv_head)
-                                : Tokens<T>::of(call.grad_out, owner.batch, head);
-  };
-  const auto value_range = [&](bool of_rows) {
-    return of_rows == kOwnsKeys ? keys : KeyRange{0, p.query_length};
-  };
   const auto load = [&](int head, int tile, int stage) {
-    const std::int64_t row = kOwnsKeys ? owner.batch * p.heads + head : kv_row;
-    const std::int64_t all = kOwnsKeys ? workspace.query_stripes : workspace.key_stripes;
-    const uint4* const from = (kOwnsKeys ? workspace.queries : workspace.keys) +
-                              (row * all + std::int64_t{tile} * 2) * workspace.stripe_size();
-    const int count = static_cast<int>(shape.column_bytes()) / 16;
     const int thread = thread_index_here();
-    for (int n = thread; n < count; n += static_cast<int>(blockDim.x)) {
-      cp_async16(columns + stage * count + n, from + n);
+    const int threads = 32 * shape.warps();
+    const int of_head = head - owner.first_head;
+    const int count = quads * 256;
+    const uint4* from =
+        owner.products + of_head * owner.products_of_head + std::int64_t{tile} * count + thread;
+    uint4* const to = columns + stage * count;
+#pragma unroll(kOf64 ? 3 : 1)
+    for (int n = thread; n < count; n += threads) {
+      cp_async16(to + n, from);
+      from += threads;
     }
-    stage_tokens(column_values + stage * (shape.value_bytes() / 2), value_view(false, head),
-                 std::int64_t{tile} * kColumnTokens, kColumnTokens, value_range(false), p.value_dim,
-                 shape.value_chunks);
+    owner.values.stage(column_values + stage * kColumnTokens * value_size, of_head,
+                       std::int64_t{tile} * kColumnTokens, kColumnTokens, p.value_dim, threads);
     if (kOwnsKeys && thread < kColumnTokens) {
-      cp_async16(
-          statistics + stage * kColumnTokens + thread,
-          workspace.statistics + row * all * kStripe + std::int64_t{tile} * kColumnTokens + thread);
+      cp_async16(statistics + stage * kColumnTokens + thread,
+                 owner.statistics + of_head * owner.statistics_of_head +
+                     std::int64_t{tile} * kColumnTokens + thread);
     }
     cp_async_commit();
   };
   // Moves on to a tile with a pair that is allowed, or to end_head. All threads call.
-  bool all_allowed = false;
   const auto advance = [&](int& head, int& tile) {
     for (;;) {
       if (++tile >= owner.end_tile) {
         tile = owner.first_tile;
         if (++head >= owner.end_head) return;
       }
-      const std::int64_t first = std::int64_t{tile} * kColumnTokens;
-      const Coverage c =
-          kOwnsKeys ? coverage(p, owner.batch, first, kColumnTokens, owner.first_row, shape.rows())
-                    : coverage(p, owner.batch, owner.first_row, shape.rows(), first, kColumnTokens);
-      all_allowed = c == Coverage::kAll && p.mask_kind == MaskKind::kNone && p.slopes == nullptr;
-      if (c == Coverage::kNone) continue;
       if (p.mask_kind == MaskKind::kNone) return;
       bool any = false;
 #pragma unroll 1
       for (int piece = quad; piece < 2 * kPieces; piece += quads) {
-        const auto pairs =
-            PiecePairs<kOwnsKeys>::of(owner.first_row + stripe * kStripe + lane / 4 + piece % 2 * 8,
-                                      first + piece / 2 * 8 + lane % 4 * 2);
+        const auto pairs = PiecePairs<kOwnsKeys>::of(
+            owner.first_row + stripe * kStripe + lane / 4 + piece % 2 * 8,
+            std::int64_t{tile} * kColumnTokens + piece / 2 * 8 + lane % 4 * 2);
         float bias[kPieceQueries<kOwnsKeys>][3 - kPieceQueries<kOwnsKeys>];
         any |= load_biases<T>(bias, p, owner.batch, head, pairs);
       }
@@ -139,24 +133,16 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
     next_head = owner.end_head;
   }
 
-  // The rows' operands. Stripes beyond the last one take that one, and write nothing.
-  const std::int64_t all_stripes = kOwnsKeys ? workspace.key_stripes : workspace.query_stripes;
-  const std::int64_t stripe_index = owner.first_row / kStripe + stripe;
-  const bool stripe_exists = stripe_index < all_stripes;
-  const std::int64_t stripe_row = kOwnsKeys ? kv_row : owner.batch * p.heads + owner.first_head;
-  {
-    const uint4* const from =
-        (kOwnsKeys ? workspace.keys : workspace.queries) +
-        (stripe_row * all_stripes + min(stripe_index, all_stripes - 1)) * workspace.stripe_size() +
-        quad * 128;
+  {  // The rows' operands. Stripes beyond the last one take that one, and write nothing.
+    const auto stripe_of = RowStripe<kOwnsKeys>::of(p, workspace, owner, stripe);
+    const uint4* const from = (kOwnsKeys ? workspace.keys : workspace.queries) +
+                              stripe_of.index * workspace.stripe_size() + quad * 128;
     for (int n = lane; n < 128; n += 32) cp_async16(rows + n, from + n);
-    stage_tokens(row_values, value_view(true, owner.first_head), owner.first_row, shape.rows(),
-                 value_range(true), p.value_dim, shape.value_chunks);
-    const int thread = static_cast<int>(threadIdx.x);
-    if (!kOwnsKeys && thread < shape.rows()) {
-      const std::int64_t query = min(owner.first_row + thread, all_stripes * kStripe - 1);
-      cp_async16(statistics + thread,
-                 workspace.statistics + stripe_row * all_stripes * kStripe + query);
+    Owner::template values_of<T>(call, owner, kOwnsKeys, key_range(p, owner.batch))
+        .stage(row_values, 0, owner.first_row, shape.rows(), p.value_dim, 32 * shape.warps());
+    if (!kOwnsKeys && quad == 0 && lane < kStripe) {
+      cp_async16(statistics + stripe * kStripe + lane,
+                 workspace.statistics + stripe_of.index * kStripe + lane);
     }
     cp_async_commit();
   }
@@ -169,15 +155,14 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
   float row_sum[2] = {};  // of p of rows l / 4 and l / 4 + 8, over the lane's columns
   const auto lanes = LaneRows::get();
   const std::uint32_t rows_at = shared_address(rows) + lanes.of_a;
-  const std::uint32_t weighted_at = shared_address(weighted) + lanes.of_a;
 
+  const bool drops = p.dropout_p > 0;
   int stage = 0;
   int head_of_weights = -1;
 #pragma unroll 1
   while (next_head < owner.end_head) {
     const int head = next_head;
     const int tile = next_tile;
-    const bool need_bias = !all_allowed;
     advance(next_head, next_tile);
     cp_async_wait<0>();
     __syncthreads();
@@ -187,55 +172,63 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       head_of_weights = head;
     }
 
-    const T* const tile_values = column_values + stage * (shape.value_bytes() / 2);
+    const std::uint32_t values_at =
+        shared_address(column_values) + stage * kColumnTokens * value_size * 2;
     {  // dP
-      const int row_bytes = shape.value_chunks * 16;
-      const int l = thread_index_here() % 32;
-      const std::uint32_t a_row =
-          shared_address(row_values) + (stripe * kStripe + l % 16) * row_bytes;
+      const auto lane_rows = LaneRows::get();
+      const std::uint32_t of_rows_at =
+          shared_address(row_values) + stripe * kStripe * 128 + lane_rows.of_a;
 #pragma unroll 1
       for (int column = quad; column < kColumnTokens / 8; column += quads) {
-        const std::uint32_t b_row = shared_address(tile_values) + (column * 8 + l % 8) * row_bytes;
+        std::uint32_t a_at = of_rows_at;
+        std::uint32_t b_at = values_at + column * 8 * 128 + lane_rows.of_8;
         float dp[4] = {};
-#pragma unroll 2
-        for (int chunk = 0; chunk * 8 < p.value_dim; chunk += 4) {  // 32 columns of the values
-          std::uint32_t of_columns[4];
-          ldmatrix(of_columns, b_row + (((chunk + l / 8) ^ (l & 7)) << 4));
+#pragma unroll 1
+        for (int d = 0; d < p.value_dim; d += kSlabColumns) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            std::uint32_t of_rows[4];
-            ldmatrix(of_rows, a_row + (((chunk + 2 * half + l / 16) ^ (l & 7)) << 4));
-            mma_m16n8k16<T>(dp, of_rows, {of_columns[2 * half], of_columns[2 * half + 1]});
+          for (int half = 0; half < 2; ++half) {  // 32 columns of the values
+            if (d + half * 32 >= p.value_dim) break;
+            std::uint32_t of_columns[4];
+            ldmatrix(of_columns, b_at ^ (half * 64));
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              std::uint32_t of_rows[4];
+              ldmatrix(of_rows, a_at ^ (half * 64 + k * 32));
+              mma_m16n8k16<T>(dp, of_rows, {of_columns[2 * k], of_columns[2 * k + 1]});
+            }
           }
+          a_at += shape.rows() * 128;
+          b_at += kColumnTokens * 128;
         }
-        float2* const to = products + (stripe * 8 + column * 2) * 32 + l;
+        float2* const to = products + column * 64 + lane;
         to[0] = make_float2(dp[0], dp[1]);
         to[32] = make_float2(dp[2], dp[3]);
       }
     }
 
-    const std::uint32_t columns_at =
-        shared_address(columns) + stage * shape.column_bytes() + quad * 2048;
+    const bool plain = tile >= owner.first_full_tile && tile < owner.end_full_tile && !drops;
 #pragma unroll 1
     for (int batch = 0; batch < 2; ++batch) {  // of 16 columns
-      const std::uint32_t batch_at = columns_at + batch * quads * 2048;
+      const std::uint32_t batch_at =
+          shared_address(columns) + ((stage * 2 + batch) * quads + quad) * 2048;
       KeptRatios kept;
       {
         float scores[2][4] = {{constants, constants, constants, constants},
                               {constants, constants, constants, constants}};
-        kept.compute(scores, rows_at, weighted_at, batch_at + lanes.of_b);
+        kept.compute(scores, rows_at, rows_at + shape.weighted_at(), batch_at + lanes.of_b);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
-          partials[((stripe * kPieces + piece) * quads + quad) * 32 + lane] =
+          partials[(piece * quads + quad) * 32 + lane] =
               make_float2(scores[piece / 2][piece % 2 * 2], scores[piece / 2][piece % 2 * 2 + 1]);
         }
       }
       barrier_sync(1 + stripe, 32 * quads);
 #pragma unroll 1
       for (int piece = quad; piece < kPieces; piece += quads) {
+        const int lane_here = thread_index_here() % 32;
         Piece<T, kOwnsKeys> mine;
         {
-          const float2* const parts = partials + (stripe * kPieces + piece) * quads * 32 + lane;
+          const float2* const parts = partials + piece * quads * 32 + lane_here;
           float2 sum = parts[0];
 #pragma unroll 3
           for (int other = 1; other < quads; ++other) {
@@ -246,17 +239,16 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
           mine.score_of(0) = sum.x;
           mine.score_of(1) = sum.y;
         }
-        const int row = stripe * kStripe + lane / 4 + piece % 2 * 8;
-        const int column = batch * 16 + piece / 2 * 8 + lane % 4 * 2;
+        const int row = stripe * kStripe + lane_here / 4 + piece % 2 * 8;
+        const int column = batch * 16 + piece / 2 * 8 + lane_here % 4 * 2;
         mine.factor[0][0] = mine.factor[Piece<T, kOwnsKeys>::Q - 1][Piece<T, kOwnsKeys>::K - 1] = 1;
-        if (need_bias || p.dropout_p > 0) {
+        if (!plain) {
           const auto pairs = PiecePairs<kOwnsKeys>::of(owner.first_row + row,
                                                        std::int64_t{tile} * kColumnTokens + column);
-          if (need_bias) mine.add_bias(p, owner.batch, head, pairs);
-          if (p.dropout_p > 0) mine.draw(p, owner.batch, head, pairs);
+          mine.add_bias(p, owner.batch, head, pairs);
+          if (drops) mine.draw(owner.dropout, p, owner.batch, head, pairs);
         }
-        const float2 product =
-            products[(stripe * 8 + (batch * 2 + piece / 2) * 2 + piece % 2) * 32 + lane];
+        const float2 product = products[(batch * kPieces + piece) * 32 + lane_here];
         float weight[2];
         float gradient[2];
 #pragma unroll
@@ -273,8 +265,9 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
             row_sum[1] += piece % 2 == 1 ? probability : 0.0f;
           }
         }
-        gradients[lane * 4 + piece] = pack<BFloat16>(gradient[0], gradient[1]);
-        if constexpr (kOwnsKeys) gradients[128 + lane * 4 + piece] = pack<T>(weight[0], weight[1]);
+        gradients[lane_here * 4 + piece] = pack<BFloat16>(gradient[0], gradient[1]);
+        if constexpr (kOwnsKeys)
+          gradients[128 + lane_here * 4 + piece] = pack<T>(weight[0], weight[1]);
       }
       barrier_sync(1 + stripe, 32 * quads);
       {
@@ -302,11 +295,10 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
         if (quad * 16 < p.value_dim) {
           const uint4 w4 = *reinterpret_cast<const uint4*>(gradients + 128 + lane * 4);
           const std::uint32_t weights[kPieces] = {w4.x, w4.y, w4.z, w4.w};
-          const int l = thread_index_here() % 32;
           std::uint32_t of_columns[4];
-          ldmatrix<true>(of_columns, shared_address(tile_values) +
-                                         (batch * 16 + l % 16) * shape.value_chunks * 16 +
-                                         (((quad * 2 + l / 16) ^ (l & 7)) << 4));
+          ldmatrix<true>(of_columns, (values_at + (quad / 4 * kColumnTokens + batch * 16) * 128 +
+                                      LaneRows::get().of_a) ^
+                                         (quad % 4 * 32));
           mma_m16n8k16<T>(value_gradient[0], weights, {of_columns[0], of_columns[1]});
           mma_m16n8k16<T>(value_gradient[1], weights, {of_columns[2], of_columns[3]});
         }
@@ -319,7 +311,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
         std::uint32_t x[4];
         std::uint32_t wx[4];
         ldmatrix(x, rows_at ^ (group * 32));
-        ldmatrix(wx, weighted_at ^ (group * 32));
+        ldmatrix(wx, (rows_at + shape.weighted_at()) ^ (group * 32));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -341,10 +333,13 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
   cp_async_wait<0>();
   __syncthreads();
 
+  const auto stripe_of = RowStripe<kOwnsKeys>::of(p, workspace, owner, stripe);
+  const std::int64_t kv_row = owner.batch * p.kv_heads + owner.kv_head;
+  const KeyRange keys = key_range(p, owner.batch);
   bool finite = true;
   float inverse_sum[2] = {1, 1};
   if constexpr (!kOwnsKeys) {
-    float* const sums = reinterpret_cast<float*>(partials) + stripe * quads * kStripe;
+    float* const sums = reinterpret_cast<float*>(partials);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
@@ -358,12 +353,11 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       float sum = 0;
       for (int other = 0; other < quads; ++other) sum += sums[other * kStripe + row];
       // Rows that have no key or do not exist.
-      if (!stripe_exists || statistics[stripe * kStripe + row].x == kInfinity<float>) continue;
+      if (!stripe_of.exists || statistics[stripe * kStripe + row].x == kInfinity<float>) continue;
       finite = finite && fabsf(sum - 1) <= kLargestSumError;
       inverse_sum[h] = 1 / sum;
       if (quad == 0 && lane % 4 == 0) {
-        const std::int64_t query = (stripe_row * all_stripes + stripe_index) * kStripe + row;
-        workspace.statistics[query].y -= log2f(sum);
+        workspace.statistics[stripe_of.index * kStripe + row].y -= log2f(sum);
       }
     }
   }
@@ -426,11 +420,10 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       for (int lanes = 4; lanes < 32; lanes *= 2) {
         weight_gradient += __shfl_xor_sync(~0u, weight_gradient, lanes);
       }
-      if (lane < 4 && stripe_exists) {
+      if (lane < 4 && stripe_of.exists) {
         finite = finite && fabsf(weight_gradient) <= kLargest<float>;
-        workspace
-            .weight_parts[(stripe_row * all_stripes + stripe_index) * workspace.centre.features +
-                          d] = weight_gradient / kFactor;
+        workspace.weight_parts[stripe_of.index * workspace.centre.features + d] =
+            weight_gradient / kFactor;
       }
     }
   }
@@ -450,7 +443,7 @@ __global__ void __launch_bounds__(32 * kMostGradientWarps, 1)
       }
     }
   }
-  if (__syncthreads_and(finite) == 0 && threadIdx.x == 0) atomicMax(redo, 1U);
+  if (__syncthreads_and(finite) == 0 && threadIdx.x == 0) atomicMax(workspace.redo + kv_row, 1U);
 }
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

@@ -147,9 +147,8 @@ struct Piece {
     finish_scores(score, bias, 1.0f);  // the scale is in the weights
   }
 
-  __device__ __forceinline__ void draw(const AttentionProblem& p, std::int64_t batch, int head,
-                                       PiecePairs<kOwnsKeys> pairs) {
-    const auto dropout = Dropout::make(p.dropout_p, p.philox_state);
+  __device__ __forceinline__ void draw(const Dropout& dropout, const AttentionProblem& p,
+                                       std::int64_t batch, int head, PiecePairs<kOwnsKeys> pairs) {
     const std::int64_t row = (batch * p.heads + head) * p.query_length + pairs.query;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {

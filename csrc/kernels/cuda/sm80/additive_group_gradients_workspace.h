@@ -18,24 +18,41 @@ struct GradientShape {
   int stripes = 0;
   int value_chunks = 0;  // of 8 columns, in a row of shared memory: a multiple of 8
 
-  TSA_HOST_DEVICE int warps() const { return quads * stripes; }
-  TSA_HOST_DEVICE int threads() const { return 32 * warps(); }
-  TSA_HOST_DEVICE int rows() const { return kStripe * stripes; }
+  TSA_HOST_DEVICE constexpr int warps() const { return quads * stripes; }
+  TSA_HOST_DEVICE constexpr int threads() const { return 32 * warps(); }
+  TSA_HOST_DEVICE constexpr int rows() const { return kStripe * stripes; }
 
   // Shared memory, in this order; in bytes.
-  TSA_HOST_DEVICE unsigned weighted_at() const { return warps() * 2048U; }
-  TSA_HOST_DEVICE unsigned columns_at() const { return 2 * weighted_at(); }
-  TSA_HOST_DEVICE unsigned column_bytes() const { return 2 * quads * 2048U; }  // of a stage
-  TSA_HOST_DEVICE unsigned row_values_at() const { return columns_at() + 2 * column_bytes(); }
-  TSA_HOST_DEVICE unsigned column_values_at() const {
+  TSA_HOST_DEVICE constexpr unsigned weighted_at() const { return warps() * 2048U; }
+  TSA_HOST_DEVICE constexpr unsigned columns_at() const { return 2 * weighted_at(); }
+  TSA_HOST_DEVICE constexpr unsigned column_bytes() const {
+    return 2 * quads * 2048U;
+  }  // of a stage
+  TSA_HOST_DEVICE constexpr unsigned row_values_at() const {
+    return columns_at() + 2 * column_bytes();
+  }
+  TSA_HOST_DEVICE constexpr unsigned column_values_at() const {
     return row_values_at() + rows() * value_chunks * 16U;
   }
-  TSA_HOST_DEVICE unsigned value_bytes() const { return kColumnTokens * value_chunks * 16U; }
-  TSA_HOST_DEVICE unsigned statistics_at() const { return column_values_at() + 2 * value_bytes(); }
-  TSA_HOST_DEVICE unsigned partials_at() const { return statistics_at() + 2 * kColumnTokens * 16U; }
-  TSA_HOST_DEVICE unsigned products_at() const { return partials_at() + warps() * 1024U; }
-  TSA_HOST_DEVICE unsigned gradients_at() const { return products_at() + stripes * 2048U; }
-  TSA_HOST_DEVICE unsigned shared_bytes() const { return gradients_at() + stripes * 1024U; }
+  TSA_HOST_DEVICE constexpr unsigned value_bytes() const {
+    return kColumnTokens * value_chunks * 16U;
+  }
+  TSA_HOST_DEVICE constexpr unsigned statistics_at() const {
+    return column_values_at() + 2 * value_bytes();
+  }
+  TSA_HOST_DEVICE constexpr unsigned partials_at() const {
+    return statistics_at() + 2 * kColumnTokens * 16U;
+  }
+  TSA_HOST_DEVICE constexpr unsigned products_at() const { return partials_at() + warps() * 1024U; }
+  TSA_HOST_DEVICE constexpr unsigned gradients_at() const {
+    return products_at() + stripes * 2048U;
+  }
+  TSA_HOST_DEVICE constexpr unsigned owner_at() const { return gradients_at() + stripes * 1024U; }
+  TSA_HOST_DEVICE constexpr unsigned shared_bytes() const { return owner_at() + kOwnerBytes; }
+
+  static constexpr unsigned kOwnerBytes = 256;  // of a GradientOwner, at most
+
+  bool operator==(const GradientShape&) const = default;
 
   // As many stripes as fit; at least one.
   static GradientShape of(const AttentionProblem& p, std::int64_t shared_bytes_per_block) {
@@ -51,6 +68,8 @@ struct GradientShape {
     return shape;
   }
 };
+// That of E and Ev from 49 to 64, for which the kernels are compiled: counts are of this one.
+constexpr GradientShape kShapeOf64 = {4, 3, 8};
 static_assert(kMostStripes * kStripe <= 2 * kColumnTokens);  // the statistics of a block's rows
 
 // Rows of products: (B, heads, stripes, quads, 16 tokens, 8 chunks of 16 bytes), the chunks of a
