@@ -75,7 +75,7 @@ RULES = [
     Rule(
         ("csrc/ops/*",),
         r"\bTORCH_LIBRARY",
-        "a second copy of the library must not register: TORCH_SELFATTN_IMPL, TORCH_SELFATTN_SCHEMAS",
+        "a second copy must not register: TORCH_SELFATTN_IMPL, TORCH_SELFATTN_SCHEMAS",
         except_in=("csrc/ops/registration.h",),
     ),
     Rule(
