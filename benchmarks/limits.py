@@ -17,7 +17,7 @@ import torch
 from benchmarks.problem_sets import Problem
 
 # Implementations of ours, and which loops are compiled as they are.
-ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512bf16": 2}
+ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512bf16": 2, "amx": 2}
 LOOPS = {"fma": 0, "division": 1, "mixed": 2}
 # Per round of a loop and vector, see benchmarks/loops/loops_isa.h. What `mixed` counts is pairs
 # of the additive score: a round is four elements of a vector of pairs.
@@ -158,7 +158,7 @@ def figures(
         fmas, divisions, products = (28, 4, 12) if backward else (9, 1, 4)
         division_time = divisions / rates[f"division:{isa}"]
         counted = {"score": fmas, "score_and_products": fmas + products}
-        if isa == "avx512bf16":  # its products are not made of FMAs
+        if isa in ("amx", "avx512bf16"):  # its products are not made of FMAs
             del counted["score_and_products"]
         for name, slots in counted.items():
             least = triples / 4 * max(slots / rates[f"fma:{isa}"], division_time)

@@ -73,6 +73,12 @@ RULES = [
         "concrete sizes specialise compiled graphs: use sym_size, sym_numel, empty_symint",
     ),
     Rule(
+        ("csrc/ops/*",),
+        r"\bTORCH_LIBRARY",
+        "a second copy of the library must not register: TORCH_SELFATTN_IMPL, TORCH_SELFATTN_SCHEMAS",
+        except_in=("csrc/ops/registration.h",),
+    ),
+    Rule(
         ("csrc/kernels/cuda/*",),
         r"\basm\b|__asm",
         "inline PTX belongs into ptx.cuh, where the CPU emulation can replace it",

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "nn/common.h"
+#include "nn/masks.h"
 
 namespace torch_selfattn::nn {
 
@@ -34,7 +35,8 @@ void MultiHeadAttentionImpl::check_options() const {
   const int64_t num_heads = options.num_heads();
   const int64_t kv_heads = options.num_kv_heads().value_or(num_heads);
   TORCH_CHECK_VALUE(embed_dim > 0 && num_heads > 0, name,
-                    ": embed_dim and num_heads must be greater than 0 (got embed_dim=", embed_dim,
+                    ": embed_dim and num_heads must be greater than 0, got embed_dim=", embed_dim,
+                    " and num_heads=", num_heads, " instead (got embed_dim=", embed_dim,
                     ", num_heads=", num_heads, ")");
   TORCH_CHECK_VALUE(embed_dim % num_heads == 0, name,
                     ": embed_dim must be divisible by num_heads (got embed_dim=", embed_dim,
@@ -293,38 +295,13 @@ Tensor MultiHeadAttentionImpl::to_batch_first(const Tensor& x) const {
   return options.batch_first() ? x : x.transpose(0, 1);
 }
 
-void MultiHeadAttentionImpl::check_inputs(const Tensor& query, const Tensor& key,
-                                          const Tensor& value, const Tensor& key_padding_mask,
-                                          const Tensor& attn_mask) const {
-  TORCH_CHECK((query.dim() == 2 || query.dim() == 3) && key.dim() == query.dim() &&
-                  value.dim() == query.dim(),
-              "MultiHeadAttention: query, key and value must all have 3 dimensions, or 2 without "
-              "a batch (got query=",
-              shape(query), ", key=", shape(key), ", value=", shape(value), ")");
-  TORCH_CHECK(!key_padding_mask.defined() || key_padding_mask.dim() == query.dim() - 1,
-              "MultiHeadAttention: key_padding_mask must be (B, Lk), or (Lk) without a batch (got "
-              "key_padding_mask=",
-              shape(key_padding_mask), ", query=", shape(query), ")");
-  if (!attn_mask.defined()) return;
-  TORCH_CHECK(attn_mask.dim() == 2 || attn_mask.dim() == 3,
-              "MultiHeadAttention: attn_mask must be (Lq, Lk) or (B * num_heads, Lq, Lk) (got "
-              "attn_mask=",
-              shape(attn_mask), ")");
-  if (attn_mask.dim() == 3) {
-    const int64_t batch = query.dim() == 2 ? 1 : query.size(options.batch_first() ? 0 : 1);
-    TORCH_CHECK(attn_mask.size(0) == batch * options.num_heads(),
-                "MultiHeadAttention: attn_mask of 3 dimensions must be (B * num_heads, Lq, Lk) "
-                "(got attn_mask=",
-                shape(attn_mask), ", B=", batch, ", num_heads=", options.num_heads(), ")");
-  }
-}
-
 std::tuple<Tensor, Tensor> MultiHeadAttentionImpl::forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_padding_mask,
     bool need_weights, const Tensor& attn_mask, bool average_attn_weights, bool is_causal,
     const Tensor& key_lengths, const Tensor& key_starts, int64_t query_offset,
     const Tensor& query_offsets) {
-  check_inputs(query, key, value, key_padding_mask, attn_mask);
+  check_inputs(query, key, value, key_padding_mask, attn_mask, options.embed_dim(),
+               options.num_heads(), in_proj_weight.defined(), options.batch_first());
   const bool is_batched = query.dim() == 3;
   const Tensor padding =
       key_padding_mask.defined() && !is_batched ? key_padding_mask.unsqueeze(0) : key_padding_mask;

@@ -1,6 +1,7 @@
 #include <torch/nn/init.h>
 
 #include "nn/common.h"
+#include "nn/masks.h"
 #include "nn/transformer_common.h"
 
 namespace torch_selfattn::nn {
@@ -13,8 +14,8 @@ using torch::nn::LinearOptions;
 void check_activation(const Activation& activation) {
   if (const auto* name = std::get_if<std::string>(&activation)) {
     TORCH_CHECK_VALUE(*name == "relu" || *name == "gelu" || *name == "silu",
-                      "activation must be one of relu, gelu, silu or a callable (got '", *name,
-                      "')");
+                      "activation should be relu/gelu, not ", *name,
+                      "; also silu or a callable (got '", *name, "')");
   }
 }
 

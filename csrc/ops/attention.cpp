@@ -1,13 +1,13 @@
 #include "ops/attention.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
 #include <torch_selfattn/ops.h>
 
 #include "ops/attention_kernel.h"
 #include "ops/canonical.h"
 #include "ops/explain.h"
 #include "ops/operator_handle.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn {
 
@@ -214,13 +214,13 @@ void register_composites(Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CompositeImplicitAutograd, m) {
+TORCH_SELFATTN_IMPL(CompositeImplicitAutograd, m) {
   register_composites(m);
   m.impl("explain", TORCH_FN(explain_composite));
 }
 
 // Without this torch.vmap runs a composite operator once per sample, with a warning.
-TORCH_LIBRARY_IMPL(torch_selfattn, FuncTorchBatchedDecomposition, m) { register_composites(m); }
+TORCH_SELFATTN_IMPL(FuncTorchBatchedDecomposition, m) { register_composites(m); }
 
 }  // namespace ops
 }  // namespace torch_selfattn

@@ -1,13 +1,13 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <torch/library.h>
 #include <torch_selfattn/ops.h>
 
 #include "ops/attention_weights_kernel.h"
 #include "ops/canonical.h"
 #include "ops/layout.h"
 #include "ops/operator_handle.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn {
 
@@ -155,11 +155,11 @@ Tensor attention_weights_composite(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CompositeImplicitAutograd, m) {
+TORCH_SELFATTN_IMPL(CompositeImplicitAutograd, m) {
   m.impl("attention_weights", TORCH_FN(attention_weights_composite));
 }
 
-TORCH_LIBRARY_IMPL(torch_selfattn, FuncTorchBatchedDecomposition, m) {
+TORCH_SELFATTN_IMPL(FuncTorchBatchedDecomposition, m) {
   m.impl("attention_weights", TORCH_FN(attention_weights_composite));
 }
 

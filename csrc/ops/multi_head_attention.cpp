@@ -1,5 +1,4 @@
 #include <ATen/ops/linear.h>
-#include <torch/library.h>
 #include <torch_selfattn/ops.h>
 
 #include <array>
@@ -8,6 +7,7 @@
 #include "ops/canonical.h"
 #include "ops/operator_handle.h"
 #include "ops/packed_attention.h"
+#include "ops/registration.h"
 
 // multi_head_attention: in-projection, attention, out-projection. The heads are views of the
 // projections, and the attention operator returns its output in the same memory order, so nothing
@@ -203,11 +203,11 @@ Tensor multi_head_attention_composite(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CompositeImplicitAutograd, m) {
+TORCH_SELFATTN_IMPL(CompositeImplicitAutograd, m) {
   m.impl("multi_head_attention", TORCH_FN(multi_head_attention_composite));
 }
 
-TORCH_LIBRARY_IMPL(torch_selfattn, FuncTorchBatchedDecomposition, m) {
+TORCH_SELFATTN_IMPL(FuncTorchBatchedDecomposition, m) {
   m.impl("multi_head_attention", TORCH_FN(multi_head_attention_composite));
 }
 

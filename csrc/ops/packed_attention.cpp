@@ -2,12 +2,12 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include "ops/checks.h"
 #include "ops/known_equal.h"
 #include "ops/operator_handle.h"
 #include "ops/problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -104,7 +104,7 @@ ForwardResults packed_attention_forward_composite(const PackedTensors& tensors,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CompositeExplicitAutograd, m) {
+TORCH_SELFATTN_IMPL(CompositeExplicitAutograd, m) {
   m.impl("_packed_attention_forward",
          TORCH_FN(PackedKernel<packed_attention_forward_composite>::call));
 }

@@ -6,11 +6,11 @@
 #include <ATen/ops/exp2.h>
 #include <ATen/ops/where.h>
 #include <c10/core/DefaultDtype.h>
-#include <torch/library.h>
 #include <torch_selfattn/positional.h>
 
 #include "ops/operator_handle.h"
 #include "ops/positional_checks.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn {
 
@@ -158,10 +158,10 @@ void register_public(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CompositeImplicitAutograd, m) { register_public(m); }
+TORCH_SELFATTN_IMPL(CompositeImplicitAutograd, m) { register_public(m); }
 
 // Without this torch.vmap runs a composite operator once per sample, with a warning.
-TORCH_LIBRARY_IMPL(torch_selfattn, FuncTorchBatchedDecomposition, m) { register_public(m); }
+TORCH_SELFATTN_IMPL(FuncTorchBatchedDecomposition, m) { register_public(m); }
 
 }  // namespace ops
 }  // namespace torch_selfattn

@@ -1,8 +1,9 @@
 #include <ATen/core/enum_tag.h>
-#include <torch/library.h>
 
 #include <string>
 #include <vector>
+
+#include "ops/registration.h"
 
 // Every schema of the package. Tensors are positional; whatever can carry a size is a SymInt.
 // Operators that begin with an underscore are the forward and backward layers: canonical shapes
@@ -29,7 +30,7 @@ const std::string canonical_options =
 
 }  // namespace
 
-TORCH_LIBRARY(torch_selfattn, library) {
+TORCH_SELFATTN_SCHEMAS(library) {
   // Library::def takes a literal only.
   const auto def = [&library](const std::string& schema, const std::vector<at::Tag>& tags) {
     library.def(schema.c_str(), tags);

@@ -253,7 +253,13 @@ class OperatorTester(ABC):
         """Outputs and gradients lie within the bounds of an implementation."""
         self.implementation = implementation
         device = arguments["query"].device.type
-        for what, found in self.errors(arguments, dtype, dropout_factors).items():
+        try:
+            errors = self.errors(arguments, dtype, dropout_factors)
+        except NotImplementedError as error:
+            if device == "cpu" or "backward on" not in str(error):
+                raise
+            pytest.skip(str(error).splitlines()[0])  # by name: both passes have their own reasons
+        for what, found in errors.items():
             column = "gradients" if what.startswith("gradient") else what
             limit = tolerances.bound(self.op, device, implementation, dtype, column)
             assert found <= limit, f"{what}: error {found:.3g} eps, allowed {limit} eps"

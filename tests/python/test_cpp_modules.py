@@ -1,5 +1,5 @@
-"""torch_selfattn::nn beside torch_selfattn.nn: checkpoints both ways, the same outputs, gradients
-and starting numbers. tests/foreign/checkpoints has the same cases in C++."""
+"""torch_selfattn::nn beside torch_selfattn.nn: checkpoints both ways, the same outputs, gradients,
+starting numbers and errors. tests/foreign/checkpoints has the same cases in C++."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import pytest
 import torch
 from cmake_projects import FOREIGN, build_and_run, configure
 from module_checks import outputs_of, randomize
+from test_modules_multi_head_attention_errors import call_errors
 from torch import Tensor
 
 import torch_selfattn
@@ -201,6 +202,27 @@ def made(name: str) -> torch.nn.Module:
     return module
 
 
+CONSTRUCTOR_ERRORS = {
+    "heads": {"num_heads": 3},
+    "no heads": {"num_heads": 0},
+    "kv heads": {"num_kv_heads": 3},
+    "no kv heads": {"num_kv_heads": 0},
+    "score": {"score": "cosine"},
+    "dropout": {"dropout": 1.5},
+    "rotary": {"rotary": nn.RotaryEmbedding(4)},
+    "alibi": {"alibi": True, "add_zero_attn": True},
+}
+
+
+def tensors_of_call_errors() -> dict[str, Tensor]:
+    found = {}
+    for name, (options, x, arguments) in call_errors().items():
+        given = dict(zip(("query", "key", "value"), x, strict=True)) | arguments
+        given |= {key: torch.tensor(value) for key, value in options.items()}
+        found |= {f"{name}/{key}": value for key, value in given.items()}
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where Python's files and the program's are."""
@@ -209,6 +231,7 @@ def folder(tmp_path_factory):
     for name in CASES:
         torch.save(made(name).state_dict(), folder / f"{name}.state.pt")
         torch.save(inputs(), folder / f"{name}.inputs.pt")
+    torch.save(tensors_of_call_errors(), folder / "errors.pt")
     configured = configure(
         folder / "build", f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}",
         source=FOREIGN / "checkpoints",
@@ -262,3 +285,18 @@ def test_same_starting_numbers(folder, name: str) -> None:
     if CASES[name].same_start:
         for key, value in expected.items():
             assert torch.equal(started[key], value), key
+
+
+@pytest.mark.parametrize("name", call_errors())
+def test_same_errors_of_calls(folder, name: str) -> None:
+    options, x, arguments = call_errors()[name]
+    with pytest.raises(RuntimeError) as error:
+        nn.MultiHeadAttention(8, 4, **options)(*x, **arguments)
+    assert (folder / f"{name}.txt").read_text() == str(error.value)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTOR_ERRORS)
+def test_same_errors_of_options(folder, name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        nn.MultiHeadAttention(**{"embed_dim": 8, "num_heads": 4} | CONSTRUCTOR_ERRORS[name])
+    assert (folder / f"{name}.txt").read_text() == str(error.value)

@@ -182,13 +182,17 @@ def test_explain_as_documented_on_other_machines():
     """The rule by which the test above reads the page where the processor has less."""
     better, not_forced = "supported, but a better one runs", "supported, not the forced one"
     refused = "not supported, the inputs are not bfloat16"
-    said = {"avx512bf16": refused, "avx512": "runs", "avx2": better, "generic": better}
+    said = {"amx": refused, "avx512bf16": refused, "avx512": "runs", "avx2": better}
+    said |= {"generic": better}
     assert on_this_machine(said, said) == said
-    no_avx512 = said | {"avx512bf16": LACKS + "BF16", "avx512": LACKS + "AVX-512", "avx2": "runs"}
+    no_avx512 = said | {"amx": LACKS + "AMX", "avx512bf16": LACKS + "BF16"}
+    no_avx512 |= {"avx512": LACKS + "AVX-512", "avx2": "runs"}
     assert on_this_machine(said, no_avx512) == no_avx512
     assert on_this_machine(said, {"generic": "runs"}) == {"generic": "runs"}
-    pairs = {"avx512bf16": "runs", "avx512": better, "avx2": better, "generic": better}
+    pairs = said | {"amx": "runs", "avx512bf16": better, "avx512": better}
     assert on_this_machine(pairs, said) == pairs
+    no_amx = said | {"amx": LACKS + "AMX"}
+    assert on_this_machine(pairs, no_amx) == no_amx | {"avx512bf16": "runs", "avx512": better}
     assert on_this_machine(pairs, no_avx512) == no_avx512
     forced = {name: "runs (forced)" if name == "avx512" else not_forced for name in said}
     want = no_avx512 | {"avx2": not_forced, "generic": not_forced}

@@ -46,8 +46,10 @@ def test_the_best_for_this_cpu_runs():
         said = explain(BY_NAME["plain"].arguments(score, torch.float32))
         assert said[best] == "runs", said
         said = explain(BY_NAME["plain"].arguments(score, torch.bfloat16))
-        pairs = score == "dot" and best == "avx512" and "avx512_bf16" in flags
-        assert said["avx512bf16" if pairs else best] == "runs", said
+        products = best
+        if score == "dot" and best == "avx512" and "avx512_bf16" in flags:
+            products = "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512bf16"
+        assert said[products] == "runs", said
 
 
 @pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this CPU has no AVX512-BF16")
@@ -59,6 +61,8 @@ def test_products_of_pairs_refuse_what_they_would_round():
     ):
         said = explain(BY_NAME["plain"].arguments(score, dtype))
         assert said["avx512bf16"] == f"not supported, {reason}"
+        if {"amx_tile", "amx_bf16"} <= cpu_flags():
+            assert said["amx"] == f"not supported, {reason}"
 
 
 @pytest.mark.parametrize("score", SCORES)

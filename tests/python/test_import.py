@@ -1,5 +1,6 @@
 """Importing the package: quiet, quick, and clear about what is wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,21 +70,86 @@ def test_another_torch_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, readabl
         _load.load_library()
 
 
-def test_missing_library_is_a_clear_error(tmp_path: Path) -> None:
-    """A checkout that was not built."""
-    package = tmp_path / "torch_selfattn"
-    package.mkdir()
-    for source in Path(torch_selfattn.__file__).parent.glob("*.py"):
-        (package / source.name).write_text(source.read_text())
+def copied_package(folder: Path, name: str = "torch_selfattn") -> Path:
+    """A package of the same Python files; without what is compiled."""
+    compiled = shutil.ignore_patterns("lib", "include", "share", "*.so")
+    return Path(
+        shutil.copytree(Path(torch_selfattn.__file__).parent, folder / name, ignore=compiled)
+    )
+
+
+def copied_library(folder: Path) -> Path:
+    library = Path(torch_selfattn.__file__).parent / "lib/libtorch_selfattn.so"
+    return Path(shutil.copy(library, folder))
+
+
+def error_of(statement: str, folder: Path) -> str:
+    """What an import says in a process whose first packages are those of a folder."""
     code = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {str(folder)!r})
+import torch
 try:
-    import torch_selfattn
+    {statement}
 except ImportError as error:
     print(error)
 """
-    assert "the package was not built" in run(code).stdout
+    return run(code).stdout
+
+
+def test_missing_library_is_a_clear_error(tmp_path: Path) -> None:
+    """A checkout that was not built."""
+    copied_package(tmp_path)
+    assert "the package was not built" in error_of("import torch_selfattn", tmp_path)
+
+
+def test_a_symbol_that_torch_lacks_is_a_clear_error(tmp_path: Path) -> None:
+    """A library built for another torch, in a package that does not say for which."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    library = copied_package(tmp_path) / "_C.abi3.so"
+    source = tmp_path / "lacking.cpp"
+    source.write_text(
+        'void of_another_torch(); extern "C" void* PyInit__C();\n'
+        "void* PyInit__C() { of_another_torch(); return nullptr; }\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-z,now", source, "-o", library], check=True)
+    text = error_of("import torch_selfattn", tmp_path)
+    assert f"built for another torch than this one, {torch.__version__}" in text
+    assert "undefined symbol" in text and "reinstall torch_selfattn with this torch" in text
+
+
+def test_a_second_package_is_a_clear_error(tmp_path: Path) -> None:
+    (copied_package(tmp_path, "selfattn_copy") / "lib").mkdir()
+    copied_library(tmp_path / "selfattn_copy/lib")
+    text = error_of("import torch_selfattn, selfattn_copy", tmp_path)
+    first = Path(torch_selfattn.__file__).parent / "lib/libtorch_selfattn.so"
+    assert f"another copy of its library, {first.resolve()}," in text
+    assert str(tmp_path / "selfattn_copy") in text
+
+
+def test_a_package_after_another_library_is_a_clear_error(tmp_path: Path) -> None:
+    library = copied_library(tmp_path)
+    loading = f"torch.ops.load_library({str(library)!r}); import torch_selfattn"
+    assert f"another copy of its library, {library}," in error_of(loading, tmp_path)
+
+
+def test_another_library_after_the_package_changes_nothing(tmp_path: Path) -> None:
+    code = f"""
+import torch, torch_selfattn
+torch.ops.load_library({str(copied_library(tmp_path))!r})
+q = torch.randn(1, 1, 3, 4, requires_grad=True)
+torch_selfattn.dot_product_attention(q, q, q).sum().backward()
+"""
+    done = run(code)
+    assert done.stderr.count("the operators of another copy are loaded already") == 1
+    assert "Overriding" not in done.stderr
+
+
+def test_the_library_itself_may_be_loaded_before() -> None:
+    library = Path(torch_selfattn.__file__).parent / "lib/libtorch_selfattn.so"
+    run(f"import torch; torch.ops.load_library({str(library)!r}); import torch_selfattn")
 
 
 def test_environment_report() -> None:

@@ -1,6 +1,7 @@
 #include "kernels/cpu/attention.h"
 
 #include "kernels/common/reference.h"
+#include "kernels/cpu/amx.h"
 
 namespace torch_selfattn::kernels::cpu {
 
@@ -19,6 +20,9 @@ void attention_weights_avx512(const AttentionWeights& call, const Parallel& para
 void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel);
 void attention_weights_avx512bf16(const AttentionWeights& call, const Parallel& parallel);
+void attention_forward_amx(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_amx(const AttentionBackward& call, const Parallel& parallel);
+void attention_weights_amx(const AttentionWeights& call, const Parallel& parallel);
 #endif
 
 namespace {
@@ -48,10 +52,19 @@ const char* avx512bf16_not_supported(const AttentionProblem& problem) {
   if (problem.score != ScoreKind::kDotProduct) return "the additive score has no products of pairs";
   return nullptr;
 }
+
+const char* amx_not_supported(const AttentionProblem& problem) {
+  static const bool has_amx = cpu_has_amx();
+  if (!has_amx) return "this CPU has no AMX for bfloat16";
+  if (const char* const reason = avx512bf16_not_supported(problem)) return reason;
+  return may_use_amx() ? nullptr : "the operating system does not permit AMX";
+}
 #endif
 
 const AttentionImplementation implementations[] = {
 #if defined(__x86_64__)
+    {"amx", amx_not_supported, attention_forward_amx, attention_backward_amx,
+     attention_weights_amx},
     {"avx512bf16", avx512bf16_not_supported, attention_forward_avx512bf16,
      attention_backward_avx512bf16, attention_weights_avx512bf16},
     {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512,

@@ -5,19 +5,12 @@
 // bfloat16 before their products, as PyTorch's kernel does. Sums, softmax and lse are float.
 // Bound: vdpbf16ps, twice as many products per instruction as an FMA.
 #define TSA_CPU_ISA avx512bf16
-#include "kernels/cpu/backward.h"
-#include "kernels/cpu/few_queries.h"
-#include "kernels/cpu/forward.h"
+#include "kernels/cpu/attention_isa.h"
 
 namespace torch_selfattn::kernels::cpu {
 
 void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& parallel) {
-  if (avx512bf16::has_few_queries(call.problem)) {
-    avx512bf16::ForwardKernel<avx512bf16::DotScoreInPlace<float>>(call, parallel).run();
-  } else {
-    avx512bf16::ForwardKernel<avx512bf16::DotScore<avx512bf16::Bfloat16Pairs>>(call, parallel)
-        .run();
-  }
+  avx512bf16::forward_of_pairs<avx512bf16::Bfloat16Pairs>(call, parallel);
 }
 void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel) {
   avx512bf16::BackwardKernel<avx512bf16::DotGradient<avx512bf16::Bfloat16Pairs>>(call, parallel)

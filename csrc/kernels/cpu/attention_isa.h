@@ -19,6 +19,16 @@ inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
   }
 }
 
+// Dot products of bfloat16 by an operand of pairs.
+template <typename Operand>
+inline void forward_of_pairs(const AttentionForward& call, const Parallel& parallel) {
+  if (has_few_queries(call.problem)) {
+    ForwardKernel<DotScoreInPlace<float>>(call, parallel).run();
+  } else {
+    ForwardKernel<DotScore<Operand>>(call, parallel).run();
+  }
+}
+
 inline void forward(const AttentionForward& call, const Parallel& parallel) {
   if (call.problem.compute_in_double()) {
     forward_in<double>(call, parallel);

@@ -56,6 +56,7 @@ class BackwardKernel {
       });
     }
     parallel_.run(batch_sets_ * head_sets_ * groups_, [&](std::int64_t t, int thread) {
+      const typename Operand::Session session;
       const std::int64_t unit = t / groups_;
       Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, t % groups_};
       task.run();
@@ -161,6 +162,9 @@ class BackwardKernel {
       grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
       grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
       grad_value = carver.take<T>(k.block_keys_ * k.value_width_);
+      constexpr bool turned = Operand::kTransposes;
+      grad_key_turned = carver.take<T>(turned ? k.query_width_ * k.score_ld_ : 0);
+      grad_value_turned = carver.take<T>(turned ? k.value_width_ * k.score_ld_ : 0);
       factors = carver.take<T>(k.query_width_);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges<T>>(1);
@@ -168,7 +172,7 @@ class BackwardKernel {
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
     T *weights, *grad_scores, *packed_grad_scores, *row, *grad_key, *grad_key_head, *grad_value,
-        *factors;
+        *grad_key_turned, *grad_value_turned, *factors;
     RowRanges* ranges;
     TileRanges<T>* tile;
     std::int64_t bytes;
@@ -185,6 +189,15 @@ class BackwardKernel {
   }
   std::int64_t packed_ld() const { return Operand::words(score_ld_); }
 
+  // As the operand of sums over rows: words of neighbouring rows.
+  static void pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+    if constexpr (Operand::kTransposes) {
+      pack_transposed<Operand>(rows, begin, n, to);
+    } else {
+      pack_across_rows<Operand>(rows, begin, n, to);
+    }
+  }
+
   // delta, lse in log2, and copies of what cannot be read in place, of rows [begin, end).
   void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
     const std::int64_t row0 = first_row(b, h);
@@ -193,10 +206,10 @@ class BackwardKernel {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     const std::int64_t word = first_word(b, h) + begin / Operand::kPack;
     if (copy_query_) {
-      pack_across_rows<Operand>(query, begin, end - begin, query_across_ + word * query_width_);
+      pack_over_rows(query, begin, end - begin, query_across_ + word * query_width_);
     }
     if (copy_grad_out_) {
-      pack_across_rows<Operand>(grad, begin, end - begin, grad_out_across_ + word * value_width_);
+      pack_over_rows(grad, begin, end - begin, grad_out_across_ + word * value_width_);
     }
     if constexpr (kPacksTwice) {
       pack_along_rows<Operand>(query, begin, end - begin,
@@ -343,36 +356,40 @@ class BackwardKernel {
         pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first, keys,
                              buffer.value_panels, Unchanged<T>{});
         fill_zero(buffer.grad_key, keys * k.query_width_);
-        fill_zero(buffer.grad_value, keys * k.value_width_);
+        const Sums dv = value_sums();
+        const Sums dk_head = head_key_sums();
+        dv.clear(keys);
         for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
           gradient.set_head(b, h);
           alibi = Alibi<T>(p, b, h);
           if (h == hk * per_head || Gradient::Score::kKeysPerQueryHead) {
             gradient.load_keys(b, hk, first, keys, buffer.key_panels, buffer.bounds);
           }
-          fill_zero(buffer.grad_key_head, keys * k.query_width_);
+          dk_head.clear(keys);
           for (std::int64_t i = 0; i < p.query_length; i += k.block_rows_) {
             run_tile(gradient, b, h, i, first, keys, zeros);
           }
           load_factors(gradient);
+          dk_head.turn(keys);
           for (std::int64_t j = 0; j < keys; ++j) {
             T* const dk = buffer.grad_key + j * k.query_width_;
-            const T* const dk_head = buffer.grad_key_head + j * k.query_width_;
+            const T* const head = buffer.grad_key_head + j * k.query_width_;
             for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
-              const Vec<T> sum = fma(load(dk_head + d), load(buffer.factors + d), load(dk + d));
+              const Vec<T> sum = fma(load(head + d), load(buffer.factors + d), load(dk + d));
               check += sum - sum;
               store(dk + d, sum);
             }
           }
         }
+        dv.turn(keys);
         for (std::int64_t j = 0; j < keys; ++j) {
-          const T* const dv = buffer.grad_value + j * k.value_width_;
+          const T* const row = buffer.grad_value + j * k.value_width_;
           for (std::int64_t d = 0; d < k.value_width_; d += kLanes<T>) {
-            check += load(dv + d) - load(dv + d);
+            check += load(row + d) - load(row + d);
           }
           write_row(k.call_.grad_key, b, hk, first + j, p.head_dim,
                     buffer.grad_key + j * k.query_width_);
-          write_row(k.call_.grad_value, b, hk, first + j, p.value_dim, dv);
+          write_row(k.call_.grad_value, b, hk, first + j, p.value_dim, row);
         }
       }
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
@@ -395,6 +412,30 @@ class BackwardKernel {
       return sum_lanes<T>(check) == T(0);
     }
 
+    // Where sums over rows for a block of keys are made: rows[keys][width], or the transpose of it.
+    struct Sums {
+      T* rows;
+      T* turned;
+      std::int64_t width, turned_ld;
+
+      T* data() const { return Operand::kTransposes ? turned : rows; }
+      std::int64_t ld() const { return Operand::kTransposes ? turned_ld : width; }
+      void clear(std::int64_t keys) const {
+        fill_zero(data(), Operand::kTransposes ? width * turned_ld : keys * width);
+      }
+      void turn(std::int64_t keys) const {
+        if constexpr (Operand::kTransposes) {
+          turn_round(turned, turned_ld, round_up(keys, kLanes<T>), rows, width);
+        }
+      }
+    };
+    Sums head_key_sums() const {
+      return {buffer.grad_key_head, buffer.grad_key_turned, k.query_width_, k.score_ld_};
+    }
+    Sums value_sums() const {
+      return {buffer.grad_value, buffer.grad_value_turned, k.value_width_, k.score_ld_};
+    }
+
     double* weight_sums(std::int64_t b, std::int64_t h) const {
       return k.weight_sums_ + ((b * k.p_.heads + h) * k.groups_ + group) * k.weight_size();
     }
@@ -403,7 +444,7 @@ class BackwardKernel {
     }
     void load_factors(const Gradient& gradient) const {
       for (std::int64_t d = 0; d < k.query_width_; ++d) {
-        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor(d) : T(0);
+        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor_of_sums(d) : T(0);
       }
     }
     // The sums become this group's part of dw of the head.
@@ -460,7 +501,8 @@ class BackwardKernel {
       double total = 0.0;
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t g = r / kGroupRows;
-        if (!tile.group_is_empty(g)) total += softmax_row(b, h, i0 + r, r, g, first, zeros);
+        if (tile.group_is_empty(g)) continue;
+        total += softmax_row(gradient, b, h, i0 + r, r, g, first, zeros);
       }
       add_mask_gradient(b, h, i0, rows, first, keys);
       if constexpr (kPacksTwice) pack_tile(tile, rows);
@@ -468,9 +510,11 @@ class BackwardKernel {
       const std::int64_t across_ld = Operand::kPack * k.score_ld_;
       const Matrix grad_out_across = k.grad_out_across(b, h);
       const Matrix query_across = k.query_across(b, h);
-      add_transposed<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights, across_ld,
-                                          grad_out_across.row(word), grad_out_across.ld,
-                                          buffer.grad_value, k.value_width_);
+      const Sums dv = value_sums();
+      const Sums dk_head = head_key_sums();
+      add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights, across_ld,
+                                         grad_out_across.row(word), grad_out_across.ld, dv.data(),
+                                         dv.ld(), k.value_width_);
       const MutableMatrix dq = k.grad_query_matrix(b, h, group);
       GradientTile<T> work;
       work.ranges = &tile;
@@ -484,7 +528,8 @@ class BackwardKernel {
       work.query_ld = query_across.ld;
       work.grad_query = dq.data + i0 * dq.ld;
       work.grad_query_ld = dq.ld;
-      work.grad_key = buffer.grad_key_head;
+      work.grad_key = dk_head.data();
+      work.grad_key_ld = dk_head.ld();
       work.zeros = zeros;
       double* const sums = Gradient::kHasWeight ? weight_sums(b, h) : nullptr;
       gradient.accumulate(work, first, buffer.bounds, sums);
@@ -497,7 +542,9 @@ class BackwardKernel {
       if constexpr (kPacksTwice) {
         constexpr int lanes = kLanes<T>;
         const std::int64_t ld = k.score_ld_;
-        for (std::int64_t r = 0; r < rows; r += 2) {
+        // The rows that are missing in a step of a sum over rows count 0.
+        const std::int64_t whole = round_up(rows, Operand::kStep);
+        for (std::int64_t r = 0; r < whole; r += 2) {
           const std::int64_t g = r / kGroupRows;
           if (tile.group_is_empty(g)) continue;
           const std::int64_t begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
@@ -505,9 +552,9 @@ class BackwardKernel {
           T* const weights = buffer.weights + r * ld;
           T* const grads = buffer.grad_scores + r * ld;
           T* const along = buffer.packed_grad_scores + r * k.packed_ld();
-          if (r + 1 == rows) {
-            fill_zero(weights + ld + begin, end - begin);
-            fill_zero(grads + ld + begin, end - begin);
+          for (std::int64_t x = larger(r, rows); x < r + 2; ++x) {
+            fill_zero(buffer.weights + x * ld + begin, end - begin);
+            fill_zero(buffer.grad_scores + x * ld + begin, end - begin);
           }
           for (std::int64_t j = begin; j < end; j += kPanel<T>) {
             if (!tile.touches(g, j)) continue;
@@ -524,8 +571,8 @@ class BackwardKernel {
 
     // Row r of the tile: scores and dP become f p and G; 0 for keys that the row may not see, in
     // all panels that its group has touched. Returns sum G.
-    T softmax_row(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t r, std::int64_t g,
-                  std::int64_t first, Zeros zeros) {
+    T softmax_row(const Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i,
+                  std::int64_t r, std::int64_t g, std::int64_t first, Zeros zeros) {
       const TileRanges<T>& tile = *buffer.tile;
       T* const weights = buffer.weights + r * k.score_ld_;
       T* const grads = buffer.grad_scores + r * k.score_ld_;
@@ -535,8 +582,8 @@ class BackwardKernel {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = empty ? begin : larger(begin, smaller(tile.end[r], span.end));
         if (begin < end) {
-          total += softmax_span(b, h, i, first + begin, end - begin, weights + begin, grads + begin,
-                                zeros);
+          total += softmax_span(gradient, b, h, i, first + begin, end - begin, weights + begin,
+                                grads + begin, zeros);
         }
         const std::int64_t panels_begin = span.begin / kPanel<T> * kPanel<T>;
         const std::int64_t panels_end = round_up(span.end, kPanel<T>);
@@ -549,14 +596,19 @@ class BackwardKernel {
     }
 
     // The n pairs of query i and the keys from `key`: scores w become f p, dP in x becomes G.
-    Vec<T> softmax_span(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t key,
-                        std::int64_t n, T* w, T* x, Zeros zeros) {
+    Vec<T> softmax_span(const Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i,
+                        std::int64_t key, std::int64_t n, T* w, T* x, Zeros zeros) {
       constexpr int lanes = kLanes<T>;
       const AttentionProblem& p = k.p_;
       const std::int64_t row = k.first_row(b, h) + i;
       const T shift = k.lse_[row];
       const T norm = k.norm_[row];
-      if (k.huge_[row] != 0) {
+      const bool huge = k.huge_[row] != 0;
+      const bool changes =
+          huge || zeros == Zeros::kSkip || alibi.active || p.mask_kind != MaskKind::kNone;
+      const auto scaled = gradient.scale(changes);
+      if (changes) gradient.scale_products(w, n);
+      if (huge) {
         // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.
         for (std::int64_t j = 0; j < n; ++j) {
           if (w[j] > -kExact && w[j] < kExact) continue;
@@ -574,7 +626,7 @@ class BackwardKernel {
       Vec<T> smallest{};
       for (std::int64_t j = 0; j < n; j += lanes) {
         const std::int64_t left = n - j;
-        const Vec<T> score = load_up_to(w + j, left);
+        const Vec<T> score = scaled(load_up_to(w + j, left));
         smallest = at_most(score, smallest);
         Vec<T> weight = exp2<T>(score - splat(shift)) * splat(norm);
         if (left < lanes) weight = first_lanes<T>(weight, left, Vec<T>{});

@@ -104,11 +104,11 @@ inline T score_key_in_place(const T* query, const typename Storage<dtype>::type*
 
 // scale q . k against keys where they are.
 template <typename Scalar>
-class DotScoreInPlace {
+class DotScoreInPlace : public FinishedScores<Scalar> {
  public:
   using Operand = Elements<Scalar>;
   using T = Scalar;
-  static constexpr int kGroupRows = kTileRows;
+  static constexpr int kGroupRows = Operand::kTileRows;
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = true;
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }

@@ -60,6 +60,7 @@ class ForwardKernel {
     const bool causal = p_.window_right >= 0;
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
+      const typename Operand::Session session;
       // Causal: the last rows have the most keys, so they go first.
       const std::int64_t split = t % splits_;
       const std::int64_t rest = t / splits_;
@@ -86,7 +87,8 @@ class ForwardKernel {
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
     // Scores of a block and its packed keys stay within a part of L2.
-    block_keys_ = smaller<std::int64_t>(256, larger<std::int64_t>(32768 / widest, 1));
+    constexpr std::int64_t most = Operand::kBlockKeys;
+    block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
     score_ld_ = block_keys_ + kLanes<T>;
     if (Score::kInPlace) block_heads_ = p_.group_size();
@@ -94,7 +96,7 @@ class ForwardKernel {
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     if (p_.query_length <= kMaxBlockRows && units >= 16) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
-    block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, kTileRows);
+    block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
     block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     if (Score::kInPlace) block_rows_ = p_.query_length;
@@ -233,9 +235,9 @@ class ForwardKernel {
                            buffer.queries + r * Score::query_size(p.head_dim));
       }
       attend(buffer, score, rows, Zeros::kMultiply);
-      if (!finish(buffer, rows)) {
+      if (!finish(buffer, score, rows, Zeros::kMultiply)) {
         attend(buffer, score, rows, Zeros::kSkip);
-        finish(buffer, rows);
+        finish(buffer, score, rows, Zeros::kSkip);
       }
     }
 
@@ -283,7 +285,7 @@ class ForwardKernel {
       for (; first < all.end; first += k.block_keys_) {
         TileRanges<T>& tile = *buffer.tile;
         const std::int64_t keys = smaller(k.block_keys_, all.end - first);
-        tile.template compute<kGroupRows, Operand::kPack>(*buffer.ranges, rows, first, keys);
+        tile.template compute<kGroupRows, Operand::kStep>(*buffer.ranges, rows, first, keys);
         if (p.mask_kind != MaskKind::kNone) {
           const auto offset = [&](std::int64_t r) {
             return mask_offset(p, b, head(r), query(r), first);
@@ -296,7 +298,7 @@ class ForwardKernel {
         for (std::int64_t r = 0; r < rows; ++r) {
           const std::int64_t g = r / kGroupRows;
           if (buffer.tile->group_is_empty(g)) continue;
-          softmax_row(buffer, block, r, g, zeros);
+          softmax_row(buffer, score, block, r, g, zeros);
         }
         add_values(buffer, block, rows, zeros);
       }
@@ -319,101 +321,176 @@ class ForwardKernel {
       }
     }
 
+    // The largest and the smallest of scores. Four chains, since one would wait for its maximum.
+    struct Extremes {
+      Vec<T> largest[4], smallest[4];
+
+      Extremes() {
+        for (int x = 0; x < 4; ++x) largest[x] = splat(-infinity<T>());
+        for (int x = 0; x < 4; ++x) smallest[x] = splat(infinity<T>());
+      }
+      TSA_INLINE void add(int x, Vec<T> score) {
+        largest[x] = at_least(score, largest[x]);
+        smallest[x] = at_most(score, smallest[x]);
+      }
+      TSA_INLINE void add_all(const T* s, std::int64_t n) {
+        constexpr std::int64_t lanes = kLanes<T>;
+        std::int64_t j = 0;
+        for (; j + 4 * lanes <= n; j += 4 * lanes) {
+#pragma GCC unroll 4
+          for (int x = 0; x < 4; ++x) add(x, load(s + j + x * lanes));
+        }
+        for (; j + lanes <= n; j += lanes) add(0, load(s + j));
+        if (j == n) return;
+        const Vec<T> score = load_first(s + j, n - j);
+        largest[1] = at_least(first_lanes<T>(score, n - j, largest[1]), largest[1]);
+        smallest[1] = at_most(first_lanes<T>(score, n - j, smallest[1]), smallest[1]);
+      }
+      T maximum() const {
+        return max_lanes<T>(
+            at_least(at_least(largest[0], largest[1]), at_least(largest[2], largest[3])));
+      }
+      T minimum() const {
+        return -max_lanes<T>(
+            -at_most(at_most(smallest[0], smallest[1]), at_most(smallest[2], smallest[3])));
+      }
+    };
+
+    // Whether scores are changed between the product and the softmax; else it scales them.
+    bool changes_scores(const Score& score, Zeros zeros) const {
+      return zeros == Zeros::kSkip || k.p_.slopes != nullptr || k.p_.mask_kind != MaskKind::kNone ||
+             score.needs_pass();
+    }
+
     // Scores of row r become weights relative to the row's running maximum; 0 for keys that the row
     // may not see but its group does.
-    void softmax_row(Buffers& buffer, const KeyBlock& block, std::int64_t r, std::int64_t g,
-                     Zeros zeros) {
-      constexpr std::int64_t lanes = kLanes<T>;
+    void softmax_row(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
+                     std::int64_t g, Zeros zeros) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
       T* const row = buffer.scores + r * k.score_ld_;
       const std::int64_t h = head(r);
       const std::int64_t i = query(r);
       const Alibi<T> alibi(p, b, h);
-      Vec<T> largest = splat(-infinity<T>());
-      Vec<T> smallest = splat(infinity<T>());
+      const bool changes = changes_scores(score, zeros);
+      const auto scaled = score.scale(changes);
+      Extremes extremes;
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, tile.begin[r]);
         const std::int64_t n = smaller(span.end, tile.end[r]) - begin;
         if (n <= 0) continue;
         T* const s = row + begin;
-        if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
-        if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
-        if (p.mask_kind != MaskKind::kNone) {
-          add_mask_row(p, b, h, i, block.first + begin, n, zeros, s);
-        }
-        std::int64_t j = 0;
-        for (; j + lanes <= n; j += lanes) {
-          const Vec<T> score = load(s + j);
-          largest = at_least(score, largest);
-          smallest = at_most(score, smallest);
-        }
-        if (j < n) {
-          const Vec<T> score = load_first(s + j, n - j);
-          largest = at_least(first_lanes<T>(score, n - j, largest), largest);
-          smallest = at_most(first_lanes<T>(score, n - j, smallest), smallest);
-        }
-      }
-      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
-      if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
-        buffer.total[r] = infinity<T>();
-      }
-      const T before = buffer.maximum[r];
-      const T maximum = larger(before, max_lanes<T>(largest));
-      if (maximum > before) {
-        buffer.maximum[r] = maximum;
-        if (before != -infinity<T>()) {
-          const T factor = exp2_of(before - maximum);
-          buffer.total[r] *= factor;
-          T* const sums = buffer.sums + r * k.width_;
-          for (std::int64_t d = 0; d < k.width_; d += lanes) {
-            store(sums + d, load(sums + d) * splat(factor));
+        if (changes) {
+          score.scale_products(s, n);
+          if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
+          if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
+          if (p.mask_kind != MaskKind::kNone) {
+            add_mask_row(p, b, h, i, block.first + begin, n, zeros, s);
           }
         }
+        extremes.add_all(s, n);
       }
+      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
+      if (p.mask_kind == MaskKind::kNone && extremes.minimum() == -infinity<T>()) {
+        buffer.total[r] = infinity<T>();
+      }
+      const T maximum = raise_maximum(buffer, r, extremes.maximum(), scaled);
       // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
       const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
-      Vec<T> sum0{}, sum1{};
+      Vec<T> sum{};
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
-        const std::int64_t n = end - begin;
-        T* const s = row + begin;
-        std::int64_t j = 0;
-        for (; j + 2 * lanes <= n; j += 2 * lanes) {
-          const Vec<T> p0 = exp2<T>(load(s + j) - shift);
-          const Vec<T> p1 = exp2<T>(load(s + j + lanes) - shift);
-          sum0 += p0;
-          sum1 += p1;
-          store(s + j, p0);
-          store(s + j + lanes, p1);
+        if (packs_at_once(span, begin)) {
+          sum += exponentials<true>(row, begin, end, scaled, shift);
+          const std::int64_t packed = smaller(round_up(end, kPackedKeys), span.end);
+          fill_zero(row + Operand::words(packed),
+                    Operand::words(span.end) - Operand::words(packed));
+          continue;
         }
-        for (; j < n; j += lanes) {
-          const Vec<T> weight =
-              first_lanes<T>(exp2<T>(load_up_to(s + j, n - j) - shift), n - j, Vec<T>{});
-          sum0 += weight;
-          store_up_to(s + j, weight, n - j);
-        }
+        sum += exponentials<false>(row, begin, end, scaled, shift);
         if (p.dropout_p > 0.0) {
+          const std::int64_t n = end - begin;
           load_dropout_row(p, k.dropout_, b, h, i, block.first + begin, n, buffer.row);
-          for (std::int64_t x = 0; x < n; ++x) s[x] *= buffer.row[x];
+          for (std::int64_t x = 0; x < n; ++x) row[begin + x] *= buffer.row[x];
         }
         fill_zero(row + span.begin, begin - span.begin);
         fill_zero(row + end, span.end - end);
         pack_weights(row, span.begin, span.end);
       }
-      buffer.total[r] += sum_lanes<T>(sum0 + sum1);
+      buffer.total[r] += sum_lanes<T>(sum);
     }
 
-    // Weights of keys [begin, end) as the left operand of the product with the values, in place:
-    // words of several take the place of the first of them.
+    // The running maximum of row r, which what has been added up so far is put relative to.
+    template <typename Scale>
+    T raise_maximum(Buffers& buffer, std::int64_t r, T largest, const Scale& scaled) const {
+      const T before = buffer.maximum[r];
+      if (!(largest > before)) return before;
+      buffer.maximum[r] = largest;
+      if (before != -infinity<T>()) {
+        const T factor = exp2_of(scaled(splat(before - largest))[0]);
+        buffer.total[r] *= factor;
+        T* const sums = buffer.sums + r * k.width_;
+        for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
+          store(sums + d, load(sums + d) * splat(factor));
+        }
+      }
+      return largest;
+    }
+
+    // Weights are the left operand of the product with the values, in place: words of several take
+    // the place of the first of them.
+    static constexpr std::int64_t kPackedKeys = Operand::kPack * kLanes<T>;
+
+    bool packs_at_once(KeyRange span, std::int64_t begin) const {
+      return Operand::kPack > 1 && k.p_.dropout_p == 0.0 && begin == span.begin &&
+             begin % kPackedKeys == 0;
+    }
     static void pack_weights(T* row, std::int64_t begin, std::int64_t end) {
       if constexpr (Operand::kPack > 1) {
-        constexpr std::int64_t step = Operand::kPack * kLanes<T>;
-        for (std::int64_t j = begin / step * step; j < end; j += step) {
+        for (std::int64_t j = begin / kPackedKeys * kPackedKeys; j < end; j += kPackedKeys) {
           store(row + Operand::words(j), Operand::round_along(row + j));
         }
       }
+    }
+
+    // 2^(score - maximum) of keys [begin, end) in their place, or packed; the lanes of their sum.
+    template <bool kPacks, typename Scale>
+    static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scale& scaled,
+                               Vec<T> shift) {
+      constexpr std::int64_t lanes = kLanes<T>;
+      const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
+        return exp2<T>(scaled(load(row + j) - shift));
+      };
+      T* words = row + begin / Operand::kPack;
+      const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
+        if constexpr (kPacks && Operand::kPack > 1) {
+          store(words, Operand::round_along(p0, p1));
+          words += lanes;
+        } else {
+          store_up_to(row + j, p0, end - j);
+          if (end - j > lanes) store_up_to(row + j + lanes, p1, end - j - lanes);
+        }
+      };
+      Vec<T> sum0{}, sum1{};
+      std::int64_t j = begin;
+      for (; j + 2 * lanes <= end; j += 2 * lanes) {
+        const Vec<T> p0 = weights(j);
+        const Vec<T> p1 = weights(j + lanes);
+        sum0 += p0;
+        sum1 += p1;
+        put(j, p0, p1);
+      }
+      if (j < end) {  // a row has room for whole vectors
+        const Vec<T> p0 = first_lanes<T>(weights(j), end - j, Vec<T>{});
+        const Vec<T> p1 = end - j > lanes
+                              ? first_lanes<T>(weights(j + lanes), end - j - lanes, Vec<T>{})
+                              : Vec<T>{};
+        sum0 += p0;
+        sum1 += p1;
+        put(j, p0, p1);
+      }
+      return sum0 + sum1;
     }
 
     void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
@@ -446,17 +523,19 @@ class ForwardKernel {
     }
 
     // Writes the rows; false if a result is not finite.
-    bool finish(Buffers& buffer, std::int64_t rows) {
+    bool finish(Buffers& buffer, const Score& score, std::int64_t rows, Zeros zeros) {
       const AttentionProblem& p = k.p_;
+      const auto scaled = score.scale(changes_scores(score, zeros));
       Vec<T> check{};  // x - x is NaN if x is not finite
       for (std::int64_t r = 0; r < rows; ++r) {
         const T total = buffer.total[r];
+        const T maximum = scaled(splat(buffer.maximum[r]))[0];
         T* const sums = buffer.sums + r * k.width_;
         const std::int64_t row = (b * p.heads + head(r)) * p.query_length + query(r);
-        check[0] += total - total;
+        check[0] += total == T(0) ? T(0) : (total - total) + (maximum - maximum);
         if (k.splits_ > 1) {
           const std::int64_t to = row * k.splits_ + split;
-          k.partial_max_[to] = buffer.maximum[r];
+          k.partial_max_[to] = maximum;
           k.partial_total_[to] = total;
           for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
             const Vec<T> x = load(sums + d);
@@ -471,7 +550,7 @@ class ForwardKernel {
           check += x - x;
           store(sums + d, x);
         }
-        k.write_row(b, head(r), query(r), sums, buffer.maximum[r], total);
+        k.write_row(b, head(r), query(r), sums, maximum, total);
       }
       return sum_lanes<T>(check) == T(0);
     }

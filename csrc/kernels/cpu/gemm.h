@@ -2,22 +2,16 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/operand.h"
 
 // C (+)= A B for operands in cache: a register tile of kTileRows x 2 vectors of C, one broadcast
-// word of A for two vectors of B (operand.h says what a word is and how two are multiplied).
+// word of A for two vectors of B (operand.h says what a word is and how two are multiplied), or the
+// tiles of amx_tiles.h.
 // Bound: the FMA units (8 x 2: ten loads for sixteen FMAs).
 //   A(i, k) = a[i * a_row + k * a_depth], B(k, :) = b + k * ldb, C(i, :) = c + i * ldc
 // k counts words. `finish` is applied to C before it is stored.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
-
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;
-#else
-constexpr int kTileRows = 4;
-#endif
 
 // kUnitDepth: a_depth is 1 (A as it lies); else a_row is 1 (A transposed).
 template <typename Operand, int kRows, int kVectors, bool kAdd, bool kUnitDepth, typename Finish,
@@ -59,13 +53,14 @@ template <typename Operand, int kRows, int kVectors, bool kAdd, bool kUnitDepth,
 // rows <= kTileRows, columns = two vectors or one.
 template <typename Operand, int kVectors, bool kAdd, bool kUnitDepth,
           typename T = typename Operand::Scalar, typename Finish = Unchanged<T>>
+  requires(!Operand::kTransposes)
 TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t a_stride, const T* b,
                               std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc,
                               Finish finish = {}) {
   const std::int64_t a_row = kUnitDepth ? a_stride : 1;
-  if (rows == kTileRows) {
-    multiply_tile<Operand, kTileRows, kVectors, kAdd, kUnitDepth>(a, a_stride, b, ldb, depth, c,
-                                                                  ldc, finish);
+  if (rows == Operand::kTileRows) {
+    multiply_tile<Operand, Operand::kTileRows, kVectors, kAdd, kUnitDepth>(a, a_stride, b, ldb,
+                                                                           depth, c, ldc, finish);
     return;
   }
   if (rows >= 4) {
@@ -84,9 +79,20 @@ TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t a_stri
   }
 }
 
+// The same by tiles.
+template <typename Operand, int kVectors, bool kAdd, bool kUnitDepth,
+          typename T = typename Operand::Scalar>
+  requires(Operand::kTransposes && kUnitDepth)
+TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t lda, const T* b,
+                              std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc) {
+  Operand::template multiply<kVectors, kAdd>(rows, a, lda, kLanes<T>, b, ldb, depth, c, ldc);
+}
+
 // The same sum, where a pair with A(i, k) = 0 contributes nothing even if B(k, :) holds NaN or inf.
-// Slow: only blocks that hold such numbers come here.
-template <typename Operand, bool kAdd, bool kUnitDepth, typename T = typename Operand::Scalar>
+// kSide = kRight: where it is the zeros of B. Slow: only blocks that hold such numbers come here.
+enum class Side : bool { kLeft, kRight };
+template <typename Operand, bool kAdd, bool kUnitDepth, Side kSide = Side::kLeft,
+          typename T = typename Operand::Scalar>
 [[gnu::noinline]] void multiply_skipping_zeros(std::int64_t rows, const T* a, std::int64_t a_stride,
                                                const T* b, std::int64_t ldb, std::int64_t depth,
                                                T* c, std::int64_t ldc, std::int64_t columns) {
@@ -95,7 +101,12 @@ template <typename Operand, bool kAdd, bool kUnitDepth, typename T = typename Op
       Vec<T> sum = kAdd ? load(c + i * ldc + d) : Vec<T>{};
       for (std::int64_t k = 0; k < depth; ++k) {
         const T a_ik = kUnitDepth ? a[i * a_stride + k] : a[i + k * a_stride];
-        sum = Operand::add_product_unless_zero(a_ik, load(b + k * ldb + d), sum);
+        const Vec<T> b_k = load(b + k * ldb + d);
+        if constexpr (kSide == Side::kLeft) {
+          sum = Operand::add_product_unless_zero(a_ik, b_k, sum);
+        } else {
+          sum = Operand::add_product_unless_right_zero(a_ik, b_k, sum);
+        }
       }
       store(c + i * ldc + d, sum);
     }
@@ -109,7 +120,7 @@ enum class Zeros : bool { kMultiply, kSkip };  // kSkip: as multiply_skipping_ze
 template <typename T>
 constexpr int kStrip = 2 * kLanes<T>;
 
-// At most kTileRows rows; columns = one vector or two.
+// At most Operand::kTileRows rows; columns = one vector or two.
 template <typename Operand, bool kAdd, bool kUnitDepth, typename T = typename Operand::Scalar>
 TSA_INLINE void multiply(Zeros zeros, std::int64_t rows, const T* a, std::int64_t a_stride,
                          const T* b, std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc,

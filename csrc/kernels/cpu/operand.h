@@ -11,6 +11,7 @@
 //   Elements<T>     a word is one element
 //   Bfloat16Pairs   a word is two bfloat16, vdpbf16ps multiplies and adds both; the inputs are
 //                   multiplied as they are, nothing is widened
+//   Bfloat16Tiles   the same words, multiplied by the tile unit (amx_tiles.h)
 //
 // Two ways to pack rows for a sum along the row, and one for a sum over rows:
 //   along rows   [row][word]           the left operand of scores
@@ -18,11 +19,29 @@
 //   across rows  [row / kPack][element]: words of neighbouring rows, the right operand of p v
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
+// What the register tile of vectors has in common.
+struct VectorProducts {
+#if defined(__AVX512F__)
+  static constexpr int kTileRows = 8;
+#elif defined(__AVX2__)
+  static constexpr int kTileRows = 6;
+#else
+  static constexpr int kTileRows = 4;
+#endif
+  static constexpr std::int64_t kBlockKeys = 256;  // of a tile of scores in forward
+  static constexpr bool kTransposes = false;       // the left operand must lie along rows
+  static constexpr bool kFinishes = true;          // a sum can be changed before it is stored
+  // What a thread holds while it multiplies.
+  struct [[maybe_unused]] Session {};
+};
+
 template <typename T>
-struct Elements {
+struct Elements : VectorProducts {
   using Scalar = T;
   static constexpr int kPack = 1;
+  static constexpr int kStep = kPack;  // elements that a sum takes at once
 
+  // Of a sum over n elements.
   static constexpr std::int64_t words(std::int64_t n) { return n; }
 
   static TSA_INLINE Vec<T> broadcast(T word) { return splat(word); }
@@ -45,9 +64,10 @@ struct Elements {
 };
 
 #if defined(__AVX512BF16__)
-struct Bfloat16Pairs {
+struct Bfloat16Pairs : VectorProducts {
   using Scalar = float;
   static constexpr int kPack = 2;
+  static constexpr int kStep = kPack;
 
   static constexpr std::int64_t words(std::int64_t n) { return (n + 1) / 2; }
 
@@ -65,6 +85,16 @@ struct Bfloat16Pairs {
     if (low != 0.f) sum = fma(splat(low), (VecF)(b_bits << 16), sum);
     if (high != 0.f) sum = fma(splat(high), (VecF)(b_bits & ~0xffff), sum);
     return sum;
+  }
+  // The same, in which an element 0 of b contributes nothing whatever a is.
+  static TSA_INLINE VecF add_product_unless_right_zero(float a, VecF b, VecF sum) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, a);
+    const auto b_bits = (IntVec<float>)b;
+    const auto low = (VecF)(b_bits << 16);
+    const auto high = (VecF)(b_bits & ~0xffff);
+    sum = low == VecF{} ? sum : fma(splat(__builtin_bit_cast(float, bits << 16)), low, sum);
+    return high == VecF{} ? sum
+                          : fma(splat(__builtin_bit_cast(float, bits & 0xffff0000u)), high, sum);
   }
 
   static TSA_INLINE VecF load_along(const Rows& rows, std::int64_t row, std::int64_t word,
@@ -88,9 +118,12 @@ struct Bfloat16Pairs {
   }
   static const float* in_place(const Rows& /*rows*/) { return nullptr; }
 
-  // Words of columns j, j + 1 of one row from the 2 x kLanes numbers from `from` on.
+  // Words of columns j, j + 1 of one row from 2 x kLanes columns.
+  static TSA_INLINE VecF round_along(VecF first, VecF second) {
+    return (VecF)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
   static TSA_INLINE VecF round_along(const float* from) {
-    return (VecF)_mm512_cvtne2ps_pbh((__m512)load(from + kLanes<float>), (__m512)load(from));
+    return round_along(load(from), load(from + kLanes<float>));
   }
   // Words of two rows: low halves from a, high halves from b.
   static TSA_INLINE VecF round_across(VecF a, VecF b) {
@@ -133,7 +166,7 @@ inline void pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n
   }
 }
 
-// n rows from `begin` to to[ceil(n / kPack)][padded width], packed across the rows.
+// n rows from `begin` to to[words(n)][padded width], packed across the rows.
 template <typename Operand, typename T = typename Operand::Scalar>
 inline void pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
   const std::int64_t end = begin + n;
@@ -141,6 +174,48 @@ inline void pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t 
     for (std::int64_t d = 0; d < rows.width; d += kLanes<T>) {
       const std::int64_t elements = smaller<std::int64_t>(kLanes<T>, rows.width - d);
       store(to + d, Operand::load_across(rows, r, end, d, elements));
+    }
+  }
+  const std::int64_t behind = Operand::words(n) - (n + Operand::kPack - 1) / Operand::kPack;
+  fill_zero(to, behind * padded<T>(rows.width));
+}
+
+// n rows from `begin`, transposed, as the left operand of a sum over rows: steps
+// to[ceil(n / kStep)][padded width][kLanes words of neighbouring rows], zeros behind row n.
+template <typename Operand, typename T = typename Operand::Scalar>
+inline void pack_transposed(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  constexpr int lanes = kLanes<T>;
+  const std::int64_t end = begin + n;
+  const std::int64_t width = padded<T>(rows.width);
+  for (std::int64_t r = begin; r < end; r += Operand::kStep, to += width * lanes) {
+    for (std::int64_t d = 0; d < rows.width; d += lanes) {
+      const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
+      Vec<T> square[lanes];
+#pragma GCC unroll 16
+      for (int x = 0; x < lanes; ++x) {
+        const std::int64_t row = r + x * Operand::kPack;
+        square[x] = row < end ? Operand::load_across(rows, row, end, d, elements) : Vec<T>{};
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int e = 0; e < lanes; ++e) store(to + (d + e) * lanes, square[e]);
+    }
+  }
+}
+
+// to[columns][ld_to] = the transpose of from[rows][ld] for multiples of kLanes.
+template <typename T>
+inline void turn_round(const T* from, std::int64_t ld, std::int64_t columns, T* to,
+                       std::int64_t rows) {
+  constexpr int lanes = kLanes<T>;
+  for (std::int64_t d = 0; d < rows; d += lanes) {
+    for (std::int64_t j = 0; j < columns; j += lanes) {
+      Vec<T> square[lanes];
+#pragma GCC unroll 16
+      for (int x = 0; x < lanes; ++x) square[x] = load(from + (d + x) * ld + j);
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int x = 0; x < lanes; ++x) store(to + (j + x) * rows + d, square[x]);
     }
   }
 }

@@ -244,6 +244,11 @@ inline Rows rows_of(DType dtype, const ConstView& view, std::int64_t b, std::int
 }
 
 template <typename T>
+inline void fill_zero(T* to, std::int64_t n) {
+  if (n > 0) __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+template <typename T>
 constexpr DType dtype_of() {
   return sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/cpu/gemm.h"
@@ -45,15 +46,40 @@ template <typename T>
   }
 }
 
+// What the softmax finds: scores, or products that could not be scaled on their way to memory
+// (kFinishes). It scales those as it reads them, or in a pass of their own before they are changed
+// in another way.
+template <typename T>
+struct FinishedScores {
+  bool needs_pass() const { return false; }
+  void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
+  // For what has not been through scale_products, or has.
+  Unchanged<T> scale(bool /*done*/) const { return {}; }
+};
+template <typename T>
+struct UnfinishedScores {
+  Vec<T> factor;
+
+  bool needs_pass() const { return factor[0] < T(0); }  // for the largest is the least then
+  void scale_products(T* products, std::int64_t n) const {
+    for (std::int64_t j = 0; j < n; j += kLanes<T>) {
+      store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);
+    }
+  }
+  Scaled<T> scale(bool done) const { return {done ? splat(T(1)) : factor}; }
+};
+template <typename Operand, typename T = typename Operand::Scalar>
+using DotProducts = std::conditional_t<Operand::kFinishes, FinishedScores<T>, UnfinishedScores<T>>;
+
 // scale q . k: a matrix product. scale * log2 e is in the packed queries where these are copies of
 // the elements, else it is applied to the product.
 template <typename OperandT>
-class DotScore {
+class DotScore : public DotProducts<OperandT> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
   static constexpr ScoreKind kKind = ScoreKind::kDotProduct;
-  static constexpr int kGroupRows = kTileRows;
+  static constexpr int kGroupRows = Operand::kTileRows;
   // Keys are the same for all query heads of a group.
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = false;  // keys are packed into panels
@@ -66,7 +92,9 @@ class DotScore {
   static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
   DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/)
-      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {}
+      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {
+    if constexpr (!Operand::kFinishes) this->factor = factor_;
+  }
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
@@ -74,7 +102,7 @@ class DotScore {
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     pack_along_rows<Operand>(query, i, rows, queries);
-    if constexpr (!kScalesProduct) {
+    if constexpr (kScalesQueries) {
       const std::int64_t size = rows * query_size(p_.head_dim);
       for (std::int64_t d = 0; d < size; d += kLanes<T>) {
         store(queries + d, load(queries + d) * factor_);
@@ -102,7 +130,8 @@ class DotScore {
 
  private:
   // A word of several elements cannot be scaled without rounding.
-  static constexpr bool kScalesProduct = Operand::kPack > 1;
+  static constexpr bool kScalesProduct = Operand::kPack > 1 && Operand::kFinishes;
+  static constexpr bool kScalesQueries = Operand::kPack == 1;
 
   const AttentionProblem& p_;
   Vec<T> factor_;
@@ -169,7 +198,7 @@ template <typename T, int kRows, Join join>
 }
 
 template <typename OperandT>
-class AdditiveScore {
+class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;

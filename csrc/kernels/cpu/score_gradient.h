@@ -10,6 +10,11 @@
 //   the sums that the gradient of the weight is made of (additive).
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
+// Sums over the rows of a tile, dv += (f p)^T dO and dk += G^T q. Where the left operand of a
+// product cannot be transposed (kTransposes), they are made the other way round, dv^T += dO^T (f
+// p), of copies of dO and q that were transposed once (pack_transposed); the sums are turned round
+// when a block of keys is done.
+
 // One block of queries against one block of keys.
 template <typename T>
 struct GradientTile {
@@ -22,21 +27,58 @@ struct GradientTile {
   std::int64_t ld;
   const T* gradient_across;
   std::int64_t across_ld;
-  const T* query;  // as they are, packed across rows: [words(rows)][query_ld]
+  const T* query;  // as they are, packed across rows: [words(rows)][query_ld]; or pack_transposed
   std::int64_t query_ld;
   T* grad_query;  // [rows][grad_query_ld]
   std::int64_t grad_query_ld;
-  T* grad_key;  // [keys][width]
+  T* grad_key;  // [keys][grad_key_ld], or [width][grad_key_ld]
+  std::int64_t grad_key_ld;
   Zeros zeros;
 };
+
+// C(:, j) += sum_i A(i, :) B(i, j) over the rows i of a tile, A from pack_transposed, for each
+// panel of keys only the groups of rows that see one of them. A group is a step of the sum.
+template <typename Operand, int kGroupRows, typename T = typename Operand::Scalar>
+  requires(Operand::kTransposes)
+inline void add_over_rows(const TileRanges<T>& ranges, std::int64_t rows, std::int64_t keys,
+                          Zeros zeros, const T* b, std::int64_t ldb, const T* a,
+                          std::int64_t /*lda*/, T* c, std::int64_t ldc, std::int64_t width) {
+  static_assert(kGroupRows == Operand::kStep);
+  const std::int64_t step = width * kLanes<T>;  // of A
+  const std::int64_t groups = (rows + kGroupRows - 1) / kGroupRows;
+  for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
+    for (std::int64_t g = 0, end = 0; g < groups; g = end) {
+      end = g + 1;
+      if (!ranges.touches(g, u)) continue;
+      while (end < groups && ranges.touches(end, u)) ++end;
+      const T* const right = b + g * kLanes<T> * ldb + u;
+      for (std::int64_t d = 0; d < width; d += Operand::kTileRows) {
+        const std::int64_t elements = smaller<std::int64_t>(Operand::kTileRows, width - d);
+        const T* const left = a + g * step + d * kLanes<T>;
+        T* const to = c + d * ldc + u;
+        if (zeros == Zeros::kMultiply) {
+          Operand::template multiply<2, true>(elements, left, kLanes<T>, step, right, ldb,
+                                              (end - g) * kLanes<T>, to, ldc);
+          continue;
+        }
+        for (std::int64_t s = 0; s < end - g; ++s) {
+          multiply_skipping_zeros<Operand, true, true, Side::kRight>(
+              elements, left + s * step, kLanes<T>, right + s * kLanes<T> * ldb, ldb, kLanes<T>, to,
+              ldc, kPanel<T>);
+        }
+      }
+    }
+  }
+}
 
 // C(j, :) += sum_i A(i, j) B(i, :) over the rows i of a tile, for each group of keys only those
 // rows that see one of them (and the others of their words, where A is 0). Rows of groups that the
 // mask hides the keys from are left out.
 template <typename Operand, int kGroupRows, typename T = typename Operand::Scalar>
-inline void add_transposed(const TileRanges<T>& ranges, std::int64_t rows, std::int64_t keys,
-                           Zeros zeros, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
-                           T* c, std::int64_t width) {
+  requires(!Operand::kTransposes)
+inline void add_over_rows(const TileRanges<T>& ranges, std::int64_t rows, std::int64_t keys,
+                          Zeros zeros, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
+                          T* c, std::int64_t ldc, std::int64_t width) {
   for (std::int64_t d = 0; d < width; d += kStrip<T>) {
     const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width - d);
     std::int64_t first = 0;  // row ranges are monotone: both ends only move on
@@ -44,8 +86,8 @@ inline void add_transposed(const TileRanges<T>& ranges, std::int64_t rows, std::
     // A group of rows has initialised whole panels, so a group of keys must not cross one.
     for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
       const std::int64_t panel_end = smaller<std::int64_t>(u + kPanel<T>, keys);
-      for (std::int64_t j = u; j < panel_end; j += kTileRows) {
-        const std::int64_t j_end = smaller<std::int64_t>(j + kTileRows, panel_end);
+      for (std::int64_t j = u; j < panel_end; j += Operand::kTileRows) {
+        const std::int64_t j_end = smaller<std::int64_t>(j + Operand::kTileRows, panel_end);
         while (first < rows && (ranges.row_is_empty(first) || ranges.end[first] <= j)) ++first;
         last = larger(last, first);
         while (last < rows && !ranges.row_is_empty(last) && ranges.begin[last] < j_end) ++last;
@@ -58,7 +100,7 @@ inline void add_transposed(const TileRanges<T>& ranges, std::int64_t rows, std::
             const std::int64_t word = r / Operand::kPack;
             multiply<Operand, true, false>(zeros, j_end - j, a + word * lda + j, lda,
                                            b + word * ldb + d, ldb, Operand::words(end) - word,
-                                           c + j * width + d, width, columns);
+                                           c + j * ldc + d, ldc, columns);
           }
           r = end / kGroupRows * kGroupRows + kGroupRows;
         }
@@ -69,7 +111,7 @@ inline void add_transposed(const TileRanges<T>& ranges, std::int64_t rows, std::
 
 // dq += G k, dk += G^T q: two matrix products.
 template <typename OperandT>
-class DotGradient {
+class DotGradient : public DotProducts<OperandT> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
@@ -87,7 +129,9 @@ class DotGradient {
       : p_(p),
         width_(padded<T>(p.head_dim)),
         scale_{splat(static_cast<T>(p.scale * Math<double>::log2e))},
-        buffer_(buffer) {}
+        buffer_(buffer) {
+    if constexpr (!Operand::kFinishes) this->factor = scale_.factor;
+  }
 
   void set_head(std::int64_t /*b*/, std::int64_t /*h*/) {}
 
@@ -95,10 +139,10 @@ class DotGradient {
   void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
                  T* /*bounds*/) {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
-    if constexpr (kScalesProduct) {
-      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
-    } else {
+    if constexpr (kScalesKeys) {
       pack_panels<Operand>(key, first, n, panels, scale_);
+    } else {
+      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
     }
     if (const T* const in_place = Operand::in_place(key)) {
       key_ = in_place + first * key.row_stride;
@@ -128,15 +172,15 @@ class DotGradient {
 
   void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* /*bounds*/,
                   double* /*weight_sums*/) {
-    add_transposed<Operand, kGroupRows>(*tile.ranges, tile.rows, tile.keys, tile.zeros,
-                                        tile.gradient_across, tile.across_ld, tile.query,
-                                        tile.query_ld, tile.grad_key, width_);
+    add_over_rows<Operand, kGroupRows>(*tile.ranges, tile.rows, tile.keys, tile.zeros,
+                                       tile.gradient_across, tile.across_ld, tile.query,
+                                       tile.query_ld, tile.grad_key, tile.grad_key_ld, width_);
     for (std::int64_t d = 0; d < width_; d += kStrip<T>) {
       const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, width_ - d);
       for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
         const TileRanges<T>& ranges = *tile.ranges;
         for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
-          const std::int64_t begin = s.begin / Operand::kPack;
+          const std::int64_t begin = Operand::words(s.begin / Operand::kStep * Operand::kStep);
           multiply<Operand, true, true>(
               tile.zeros, smaller<std::int64_t>(kGroupRows, tile.rows - r),
               tile.gradient + r * tile.ld + begin, tile.ld, key_ + begin * key_ld_ + d, key_ld_,
@@ -148,10 +192,12 @@ class DotGradient {
   }
 
   // dq and dk are the sums times this.
-  T factor(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
+  T factor_of_sums(std::int64_t /*d*/) const { return static_cast<T>(p_.scale); }
 
  private:
-  static constexpr bool kScalesProduct = Operand::kPack > 1;  // as in DotScore
+  // As in DotScore.
+  static constexpr bool kScalesProduct = Operand::kPack > 1 && Operand::kFinishes;
+  static constexpr bool kScalesKeys = Operand::kPack == 1;
 
   const AttentionProblem& p_;
   std::int64_t width_;
@@ -233,7 +279,7 @@ template <typename T, int kRows, Join join, Zeros zeros>
 }
 
 template <typename OperandT>
-class AdditiveGradient {
+class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
@@ -309,7 +355,7 @@ class AdditiveGradient {
     }
   }
 
-  T factor(std::int64_t d) const {
+  T factor_of_sums(std::int64_t d) const {
     const double w = load_element<T>(
         p_.dtype, p_.weight,
         b_ * p_.weight_stride[0] + h_ * p_.weight_stride[1] + d * p_.weight_stride[2]);

@@ -42,8 +42,8 @@ struct RowRanges {
 };
 
 // The columns of a key block [first_key, first_key + keys) that rows see: columns [begin[r],
-// end[r]) of row r, and per group of kGroupRows rows the hull, rounded to words of kPack columns,
-// which may add a column behind the last. Empty: begin >= end. The mask may leave out whole panels
+// end[r]) of row r, and per group of kGroupRows rows the hull, rounded to steps of kStep columns,
+// which may add columns behind the last. Empty: begin >= end. The mask may leave out whole panels
 // of a group; what is left of the hull are its spans.
 template <typename T>
 struct TileRanges {
@@ -54,7 +54,7 @@ struct TileRanges {
   std::uint64_t panels[kMaxBlockRows];  // of a group, a bit each: a pair may be allowed there
   std::int64_t columns;
 
-  template <int kGroupRows, int kPack = 1>
+  template <int kGroupRows, int kStep = 1>
   void compute(const RowRanges& ranges, std::int64_t rows, std::int64_t first_key,
                std::int64_t keys) {
     columns = keys;
@@ -69,8 +69,8 @@ struct TileRanges {
         group_begin[g] = smaller(group_begin[g], begin[i]);
         group_end[g] = larger(group_end[g], end[i]);
       }
-      group_begin[g] = group_begin[g] / kPack * kPack;
-      if (group_end[g] > 0) group_end[g] = round_up(group_end[g], kPack);
+      group_begin[g] = group_begin[g] / kStep * kStep;
+      if (group_end[g] > 0) group_end[g] = round_up(group_end[g], kStep);
     }
   }
 
@@ -198,11 +198,6 @@ inline void load_dropout_row(const AttentionProblem& p, const Dropout& dropout, 
 template <typename T>
 TSA_INLINE T exp2_of(T x) {
   return exp2<T>(splat(x))[0];
-}
-
-template <typename T>
-inline void fill_zero(T* to, std::int64_t n) {
-  if (n > 0) __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(T));
 }
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -49,6 +49,7 @@ class WeightsKernel {
       });
     }
     parallel_.run(p_.batch * matrices_ * blocks_, [&](std::int64_t t, int thread) {
+      const typename Score::Operand::Session session;
       const std::int64_t matrix = t / blocks_ % matrices_;
       Task task{*this, buffers(thread), t / blocks_ / matrices_, t % blocks_ * block_rows_};
       task.run(matrix * together_, (matrix + 1) * together_);
@@ -150,7 +151,7 @@ class WeightsKernel {
         score_block(score, h, rows);
         const Alibi<T> alibi(p, b, h);
         for (std::int64_t r = 0; r < rows; ++r) {
-          softmax_row(h, r, alibi);
+          softmax_row(score, h, r, alibi);
           if (average) add_row(r, h == first_head, factor);
         }
       }
@@ -214,12 +215,13 @@ class WeightsKernel {
     }
 
     // Scores of row r become weights, within the keys that the row may see.
-    void softmax_row(std::int64_t h, std::int64_t r, const Alibi<T>& alibi) {
+    void softmax_row(const Score& score, std::int64_t h, std::int64_t r, const Alibi<T>& alibi) {
       const AttentionProblem& p = k.p_;
       if (buffer.tile->row_is_empty(r)) return;
       const std::int64_t begin = buffer.tile->begin[r];
       const std::int64_t n = buffer.tile->end[r] - begin;
       T* const s = buffer.scores + r * k.score_ld_ + begin;
+      score.scale_products(s, n);
       if (!all_finite(s, n)) repair_scores(p, b, h, i0 + r, begin, n, s);
       if (alibi.active) {
         alibi.add(query_index(k.call_, b, i0 + r), begin, n, Zeros::kSkip, s);

@@ -1,8 +1,8 @@
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include "ops/attention_kernel.h"
 #include "ops/autocast/bias.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -32,13 +32,13 @@ ForwardResults attention_forward_autocast(const AttentionTensors& t,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCPU, m) {
+TORCH_SELFATTN_IMPL(AutocastCPU, m) {
   m.impl("_attention_forward",
          TORCH_FN((AttentionKernel<attention_forward_autocast<c10::DispatchKey::AutocastCPU,
                                                               c10::DeviceType::CPU>>::call)));
 }
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCUDA, m) {
+TORCH_SELFATTN_IMPL(AutocastCUDA, m) {
   m.impl("_attention_forward",
          TORCH_FN((AttentionKernel<attention_forward_autocast<c10::DispatchKey::AutocastCUDA,
                                                               c10::DeviceType::CUDA>>::call)));

@@ -1,7 +1,6 @@
-#include <torch/library.h>
-
 #include "ops/attention_weights_kernel.h"
 #include "ops/autocast/bias.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -30,14 +29,14 @@ Tensor attention_weights_forward_autocast(const WeightsInputs& inputs, const Att
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCPU, m) {
+TORCH_SELFATTN_IMPL(AutocastCPU, m) {
   m.impl(
       "_attention_weights_forward",
       TORCH_FN((
           WeightsKernel<attention_weights_forward_autocast<c10::DispatchKey::AutocastCPU>>::call)));
 }
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCUDA, m) {
+TORCH_SELFATTN_IMPL(AutocastCUDA, m) {
   m.impl("_attention_weights_forward",
          TORCH_FN((WeightsKernel<
                    attention_weights_forward_autocast<c10::DispatchKey::AutocastCUDA>>::call)));

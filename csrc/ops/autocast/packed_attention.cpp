@@ -1,9 +1,9 @@
 #include "ops/packed_attention.h"
 
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include "ops/autocast/bias.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -29,13 +29,13 @@ ForwardResults packed_attention_forward_autocast(const PackedTensors& t,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCPU, m) {
+TORCH_SELFATTN_IMPL(AutocastCPU, m) {
   m.impl("_packed_attention_forward",
          TORCH_FN((PackedKernel<packed_attention_forward_autocast<c10::DispatchKey::AutocastCPU,
                                                                   c10::DeviceType::CPU>>::call)));
 }
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCUDA, m) {
+TORCH_SELFATTN_IMPL(AutocastCUDA, m) {
   m.impl("_packed_attention_forward",
          TORCH_FN((PackedKernel<packed_attention_forward_autocast<c10::DispatchKey::AutocastCUDA,
                                                                   c10::DeviceType::CUDA>>::call)));

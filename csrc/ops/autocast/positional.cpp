@@ -1,4 +1,4 @@
-#include <torch/library.h>
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -16,7 +16,7 @@ void register_fallthrough(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCPU, m) { register_fallthrough(m); }
-TORCH_LIBRARY_IMPL(torch_selfattn, AutocastCUDA, m) { register_fallthrough(m); }
+TORCH_SELFATTN_IMPL(AutocastCPU, m) { register_fallthrough(m); }
+TORCH_SELFATTN_IMPL(AutocastCUDA, m) { register_fallthrough(m); }
 
 }  // namespace torch_selfattn::ops

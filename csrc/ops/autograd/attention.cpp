@@ -1,13 +1,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops/attention_kernel.h"
 #include "ops/autograd/composed_attention.h"
 #include "ops/autograd/double_backward.h"
 #include "ops/autograd/graph.h"
 #include "ops/autograd/saved_problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -173,7 +173,7 @@ BackwardResults attention_backward_autograd(const BackwardInputs& inputs,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Autograd, m) {
+TORCH_SELFATTN_IMPL(Autograd, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_autograd>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_autograd>::call));
 }

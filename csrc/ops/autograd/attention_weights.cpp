@@ -1,12 +1,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops/attention_weights_kernel.h"
 #include "ops/autograd/composed_attention.h"
 #include "ops/autograd/double_backward.h"
 #include "ops/autograd/graph.h"
 #include "ops/autograd/saved_problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -176,7 +176,7 @@ BackwardResults attention_weights_backward_autograd(const WeightsBackwardInputs&
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Autograd, m) {
+TORCH_SELFATTN_IMPL(Autograd, m) {
   m.impl("_attention_weights_forward",
          TORCH_FN(WeightsKernel<attention_weights_forward_autograd>::call));
   m.impl("_attention_weights_backward",

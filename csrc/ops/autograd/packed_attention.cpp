@@ -4,12 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <array>
 
 #include "ops/autograd/graph.h"
 #include "ops/autograd/saved_problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -142,7 +142,7 @@ PackedGradients packed_attention_backward_autograd(const BackwardInputs& inputs,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Autograd, m) {
+TORCH_SELFATTN_IMPL(Autograd, m) {
   m.impl("_packed_attention_forward",
          TORCH_FN(PackedKernel<packed_attention_forward_autograd>::call));
   m.impl("_packed_attention_backward",

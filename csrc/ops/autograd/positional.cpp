@@ -10,10 +10,10 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops/autograd/graph.h"
 #include "ops/positional_checks.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -268,7 +268,7 @@ Tensor rotary_embedding_forward_autograd(const Tensor& x, const Tensor& cos, con
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Autograd, m) {
+TORCH_SELFATTN_IMPL(Autograd, m) {
   m.impl("_add_sinusoidal_encoding_forward", TORCH_FN(add_sinusoidal_encoding_forward_autograd));
   m.impl("_add_learned_encoding_forward", TORCH_FN(add_learned_encoding_forward_autograd));
   m.impl("_add_learned_encoding_backward", TORCH_FN(add_learned_encoding_backward_autograd));

@@ -1,7 +1,6 @@
 #include "kernels/cpu/attention.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <utility>
 
@@ -14,6 +13,7 @@
 #include "ops/implementation_choice.h"
 #include "ops/packed_attention.h"
 #include "ops/problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -106,7 +106,7 @@ const bool registered = register_candidates(at::kCPU, &attention_candidates_cpu)
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
+TORCH_SELFATTN_IMPL(CPU, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cpu>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cpu>::call));
   m.impl("_packed_attention_backward", TORCH_FN(PackedKernel<packed_attention_backward_cpu>::call));

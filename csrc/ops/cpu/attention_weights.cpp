@@ -1,10 +1,9 @@
-#include <torch/library.h>
-
 #include "kernels/cpu/attention.h"
 #include "ops/attention_weights_kernel.h"
 #include "ops/checks.h"
 #include "ops/cpu/parallel.h"
 #include "ops/implementation_choice.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -45,7 +44,7 @@ BackwardResults attention_weights_backward_cpu(const WeightsBackwardInputs& inpu
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
+TORCH_SELFATTN_IMPL(CPU, m) {
   m.impl("_attention_weights_forward",
          TORCH_FN(WeightsKernel<attention_weights_forward_cpu>::call));
   m.impl("_attention_weights_backward",

@@ -1,11 +1,10 @@
 #include "ops/positional.h"
 
-#include <torch/library.h>
-
 #include "kernels/cpu/positional.h"
 #include "ops/cpu/parallel.h"
 #include "ops/positional_checks.h"
 #include "ops/positional_problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -75,7 +74,7 @@ Tensor rotary_embedding_forward_cpu(const Tensor& x, const Tensor& cos, const Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CPU, m) {
+TORCH_SELFATTN_IMPL(CPU, m) {
   m.impl("_sinusoidal_encoding_forward", TORCH_FN(sinusoidal_encoding_forward_cpu));
   m.impl("_rotary_tables_forward", TORCH_FN(rotary_tables_forward_cpu));
   m.impl("_add_sinusoidal_encoding_forward", TORCH_FN(add_sinusoidal_encoding_forward_cpu));

@@ -4,7 +4,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include "ops/attention_kernel.h"
 #include "ops/checks.h"
@@ -12,6 +11,7 @@
 #include "ops/explain.h"
 #include "ops/implementation_choice.h"
 #include "ops/packed_attention.h"
+#include "ops/registration.h"
 
 // Host code only: compiled by the C++ compiler, the kernels are in kernels/cuda. Nothing here waits
 // for the GPU, so key_lengths and key_starts are not looked at; the kernels clamp them.
@@ -148,7 +148,7 @@ const bool registered = register_candidates(at::kCUDA, &attention_candidates_cud
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
+TORCH_SELFATTN_IMPL(CUDA, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_cuda>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_cuda>::call));
   m.impl("_packed_attention_backward",

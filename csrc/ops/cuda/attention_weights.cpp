@@ -2,13 +2,13 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include "kernels/cuda/attention.h"
 #include "ops/attention_weights_kernel.h"
 #include "ops/checks.h"
 #include "ops/cuda/attention_implementations.h"
 #include "ops/implementation_choice.h"
+#include "ops/registration.h"
 
 // Host code only, as attention.cpp beside it.
 namespace torch_selfattn::ops::cuda {
@@ -70,7 +70,7 @@ BackwardResults attention_weights_backward_cuda(const WeightsBackwardInputs& inp
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
+TORCH_SELFATTN_IMPL(CUDA, m) {
   m.impl("_attention_weights_forward",
          TORCH_FN(WeightsKernel<attention_weights_forward_cuda>::call));
   m.impl("_attention_weights_backward",

@@ -3,11 +3,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include "kernels/cuda/positional.h"
 #include "ops/positional_checks.h"
 #include "ops/positional_problem.h"
+#include "ops/registration.h"
 
 // Position ids are not read here, that would wait for the device: the kernels assert.
 namespace torch_selfattn::ops {
@@ -83,7 +83,7 @@ Tensor rotary_embedding_forward_cuda(const Tensor& x, const Tensor& cos, const T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, CUDA, m) {
+TORCH_SELFATTN_IMPL(CUDA, m) {
   m.impl("_sinusoidal_encoding_forward", TORCH_FN(sinusoidal_encoding_forward_cuda));
   m.impl("_rotary_tables_forward", TORCH_FN(rotary_tables_forward_cuda));
   m.impl("_add_sinusoidal_encoding_forward", TORCH_FN(add_sinusoidal_encoding_forward_cuda));

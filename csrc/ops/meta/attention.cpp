@@ -1,9 +1,9 @@
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "ops/attention_kernel.h"
 #include "ops/checks.h"
 #include "ops/problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -36,7 +36,7 @@ Tensor attention_dropout_factors_meta(const Tensor& philox_state, SymInt batch, 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Meta, m) {
+TORCH_SELFATTN_IMPL(Meta, m) {
   m.impl("_attention_forward", TORCH_FN(AttentionKernel<attention_forward_meta>::call));
   m.impl("_attention_backward", TORCH_FN(AttentionKernel<attention_backward_meta>::call));
   m.impl("_attention_dropout_factors", TORCH_FN(attention_dropout_factors_meta));

@@ -1,7 +1,6 @@
-#include <torch/library.h>
-
 #include "ops/attention_weights_kernel.h"
 #include "ops/checks.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -26,7 +25,7 @@ BackwardResults attention_weights_backward_meta(const WeightsBackwardInputs& inp
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Meta, m) {
+TORCH_SELFATTN_IMPL(Meta, m) {
   m.impl("_attention_weights_forward",
          TORCH_FN(WeightsKernel<attention_weights_forward_meta>::call));
   m.impl("_attention_weights_backward",

@@ -1,6 +1,6 @@
 #include "ops/packed_attention.h"
 
-#include <torch/library.h>
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -17,7 +17,7 @@ PackedGradients packed_attention_backward_meta(const BackwardInputs& inputs,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Meta, m) {
+TORCH_SELFATTN_IMPL(Meta, m) {
   m.impl("_packed_attention_backward",
          TORCH_FN(PackedKernel<packed_attention_backward_meta>::call));
 }

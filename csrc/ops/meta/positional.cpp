@@ -1,9 +1,8 @@
 #include "ops/positional.h"
 
-#include <torch/library.h>
-
 #include "ops/positional_checks.h"
 #include "ops/positional_problem.h"
+#include "ops/registration.h"
 
 namespace torch_selfattn::ops {
 
@@ -52,7 +51,7 @@ Tensor rotary_embedding_forward_meta(const Tensor& x, const Tensor& cos, const T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_selfattn, Meta, m) {
+TORCH_SELFATTN_IMPL(Meta, m) {
   m.impl("_sinusoidal_encoding_forward", TORCH_FN(sinusoidal_encoding_forward_meta));
   m.impl("_rotary_tables_forward", TORCH_FN(rotary_tables_forward_meta));
   m.impl("_add_sinusoidal_encoding_forward", TORCH_FN(add_sinusoidal_encoding_forward_meta));

@@ -84,7 +84,7 @@ TEST_CASE("activations", "[nn]") {
   REQUIRE(same(with([](const Tensor& h) { return torch::silu(h); }), with("silu")));
   REQUIRE_FALSE(close(with("silu"), with("gelu")));
   REQUIRE(message_of<c10::ValueError>([&] { with("tanh"); }) ==
-          "activation must be one of relu, gelu, silu or a callable (got 'tanh')");
+          "activation should be relu/gelu, not tanh; also silu or a callable (got 'tanh')");
 }
 
 TEST_CASE("layers drop out in training only", "[nn]") {

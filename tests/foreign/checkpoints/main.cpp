@@ -4,14 +4,17 @@
 //   <name>.started.pt  the state dict of the module as it starts after manual_seed(5)
 //   <name>.back.pt     what it has after loading the state, saved again
 //   <name>.outputs.pt  out.0, out.1, ... of a call, in float64, and grad.<parameter> of their sum
-//   of
-//                      squares
+//   of squares
+// and <name>.txt for each case of errors.pt: the error that MultiHeadAttention throws.
 #include <torch/torch.h>
 #include <torch_selfattn/nn.h>
 
 #include <cstdio>
+#include <fstream>
 #include <functional>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -305,6 +308,53 @@ void decoders() {
                             [](auto& m, const Inputs& in) { return decode(m, in, in["memory3"]); });
 }
 
+template <typename F>
+void write_error(const std::string& name, F&& f) {
+  std::ofstream file(folder + '/' + name + ".txt");
+  try {
+    f();
+    file << "nothing was thrown";
+  } catch (const c10::Error& error) {
+    file << error.what_without_backtrace();
+  }
+}
+
+// errors.pt has, as "<name>/<argument>", the tensors of calls that are refused; "kdim" is one of
+// the constructor.
+void call_errors() {
+  const Inputs all = nn::read_state_dict(folder + "/errors.pt");
+  std::map<std::string, std::map<std::string, Tensor>> cases;
+  for (const auto& item : all) {
+    const auto slash = item.key().find('/');
+    cases[item.key().substr(0, slash)][item.key().substr(slash + 1)] = item.value();
+  }
+  for (auto& [name, in] : cases) {
+    nn::MultiHeadAttentionOptions options(8, 4);
+    if (in.count("kdim") != 0) options.kdim(in["kdim"].item<int64_t>());
+    nn::MultiHeadAttention module(options);
+    write_error(name, [&in = in, &module] {
+      module(in["query"], in["key"], in["value"], in["key_padding_mask"], true, in["attn_mask"]);
+    });
+  }
+}
+
+void constructor_errors() {
+  using Options = nn::MultiHeadAttentionOptions;
+  const std::vector<std::pair<std::string, Options>> cases{
+      {"heads", Options(8, 3)},
+      {"no heads", Options(8, 0)},
+      {"kv heads", Options(8, 4).num_kv_heads(3)},
+      {"no kv heads", Options(8, 4).num_kv_heads(0)},
+      {"score", Options(8, 4).score("cosine")},
+      {"dropout", Options(8, 4).dropout(1.5)},
+      {"rotary", Options(8, 4).rotary(nn::RotaryEmbedding(4))},
+      {"alibi", Options(8, 4).alibi(true).add_zero_attn(true)},
+  };
+  for (const auto& [name, options] : cases) {
+    write_error(name, [&options = options] { nn::MultiHeadAttention{options}; });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -316,5 +366,7 @@ int main(int argc, char** argv) {
   positional();
   encoders();
   decoders();
+  call_errors();
+  constructor_errors();
   return 0;
 }

@@ -130,9 +130,6 @@ class TORCH_SELFATTN_API MultiHeadAttentionImpl
  private:
   struct Keys;  // which keys a query may attend to
   void check_options() const;
-  void check_inputs(const torch::Tensor& query, const torch::Tensor& key,
-                    const torch::Tensor& value, const torch::Tensor& key_padding_mask,
-                    const torch::Tensor& attn_mask) const;
   void reset_in_projection();
   std::vector<torch::Tensor> split_weights() const;
   torch::Tensor heads(const torch::Tensor& x, int64_t count) const;

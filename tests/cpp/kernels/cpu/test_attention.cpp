@@ -1,5 +1,6 @@
 // Every implementation by its name against the reference, forward and backward.
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -276,6 +277,32 @@ TEST_CASE("sizes around the tiles agree with the reference") {
           check(instance.run(candidate, threads(1)), expected, tolerance(c));
         });
       }
+    }
+  }
+}
+
+// Tiles of AMX have 16 rows of 32 elements, register tiles 32 x 32.
+TEST_CASE("bfloat16: sizes around the tiles agree with the reference") {
+  const std::int64_t dims[] = {1, 7, 15, 16, 17, 31, 33, 64, 72, 96, 128, 256};
+  std::size_t n = 0;
+  for (const std::int64_t query_length : {5, 15, 16, 17, 31, 32, 33, 48, 63, 65, 97}) {
+    for (const std::int64_t key_length : {1, 15, 16, 17, 32, 33, 65, 130, 513}) {
+      Case c;
+      c.dtype = DType::kBFloat16;
+      c.batch = 1, c.heads = 2, c.kv_heads = 1 + static_cast<std::int64_t>(n % 2);
+      c.query_length = query_length, c.key_length = key_length;
+      c.head_dim = dims[n % std::size(dims)], c.value_dim = dims[n / 2 % std::size(dims)];
+      c.name = std::to_string(query_length) + " x " + std::to_string(key_length) + ", " +
+               std::to_string(c.head_dim) + ", " + std::to_string(c.value_dim);
+      if (n % 3 == 0) c.window_right = 0, c.query_offset = key_length - query_length;
+      if (n % 5 == 0) c.window_left = 40;
+      c.grad_lse = key_length == 1 || n % 7 == 0;  // dq and dk of one key are that of the lse
+      if (n % 11 == 0) c.scale = -0.3;
+      ++n;
+      Instance instance(c);
+      for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+        check(instance.run(candidate, threads(2)), expected, tolerance(c));
+      });
     }
   }
 }
