@@ -364,7 +364,7 @@ FAULTS = [
     Fault(
         "group: queries' sums of p not left for the keys",
         GRADIENTS,
-        "workspace.statistics[query].y -= log2f(sum);",
+        "workspace.statistics[stripe_of.index * kStripe + row].y -= log2f(sum);",
         "",
         "plain",
         "group gradients, q N(5, 1), k N(-2, 1)",

@@ -30,7 +30,7 @@ cudaError_t additive_group_forward(const AttentionForward& call, void* workspace
 const char* additive_group_backward_not_supported(const AttentionProblem& problem,
                                                   bool bias_gradients, const DeviceLimits& device);
 
-// Eight launches; the generic kernel is among them, for the (batch, key head)s that the method
+// Nine launches; the generic kernel is among them, for the (batch, key head)s that the method
 // leaves to it. `workspace` as above.
 std::int64_t additive_group_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t additive_group_backward(const AttentionBackward& call, const DeviceLimits& device,
