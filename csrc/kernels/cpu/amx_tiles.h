@@ -37,6 +37,7 @@ struct Bfloat16Tiles : Bfloat16Pairs {
   static constexpr int kStep = 32;
   // Twice as many as for others: where products cost little, a row of a tile of scores does.
   static constexpr std::int64_t kBlockKeys = 512;
+  static constexpr std::int64_t kGradientKeys = 256;
   static constexpr bool kTransposes = true;
   static constexpr bool kFinishes = false;
 

@@ -87,7 +87,8 @@ class BackwardKernel {
     value_words_ = padded<T>(Operand::words(p_.value_dim));
     row_words_ = Operand::words(p_.query_length);
     const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
-    block_keys_ = smaller(Gradient::kBlockKeys, larger<std::int64_t>(16384 / widest, 1));
+    block_keys_ =
+        smaller(Gradient::kBlockKeys, larger<std::int64_t>(Gradient::kBlockKeys * 128 / widest, 1));
     block_keys_ = smaller(block_keys_, larger<std::int64_t>(p_.key_length, 1));
     block_keys_ = round_up(block_keys_, kPanel<T>);
     block_rows_ = smaller<std::int64_t>(

@@ -28,9 +28,12 @@ struct VectorProducts {
 #else
   static constexpr int kTileRows = 4;
 #endif
-  static constexpr std::int64_t kBlockKeys = 256;  // of a tile of scores in forward
-  static constexpr bool kTransposes = false;       // the left operand must lie along rows
-  static constexpr bool kFinishes = true;          // a sum can be changed before it is stored
+  // Of a tile of scores: keys in forward, rows and keys in backward.
+  static constexpr std::int64_t kBlockKeys = 256;
+  static constexpr std::int64_t kGradientRows = 64;
+  static constexpr std::int64_t kGradientKeys = 128;
+  static constexpr bool kTransposes = false;  // the left operand must lie along rows
+  static constexpr bool kFinishes = true;     // a sum can be changed before it is stored
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
 };

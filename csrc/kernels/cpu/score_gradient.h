@@ -118,8 +118,8 @@ class DotGradient : public DotProducts<OperandT> {
   using Score = DotScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = false;
-  static constexpr std::int64_t kBlockRows = 64;
-  static constexpr std::int64_t kBlockKeys = 128;
+  static constexpr std::int64_t kBlockRows = Operand::kGradientRows;
+  static constexpr std::int64_t kBlockKeys = Operand::kGradientKeys;
   static std::int64_t buffer_size(std::int64_t head_dim) {
     return Operand::words(kBlockKeys) * padded<T>(head_dim);  // rows of keys
   }
