@@ -456,7 +456,7 @@ def skip_unless_supported(tester: OperatorTester, arguments: Arguments, name: st
 
 @contextlib.contextmanager
 def skips_without_backward() -> Iterator[None]:
-    """On CUDA both passes have their own reasons, and skip_unless_supported asks for the forward's."""
+    """Both passes have their own reasons on CUDA; skip_unless_supported asks for the forward's."""
     try:
         yield
     except NotImplementedError as error:
