@@ -14,6 +14,8 @@ bool is_second_copy();
 
 }  // namespace torch_selfattn::ops
 
+// NOLINTBEGIN(bugprone-macro-parentheses): names, which parentheses would break.
+
 // The kernels of a dispatch key, as TORCH_LIBRARY_IMPL(torch_selfattn, key, m) {...}.
 #define TORCH_SELFATTN_IMPL(key, m) \
   TORCH_SELFATTN_GUARDED(TORCH_LIBRARY_IMPL(torch_selfattn, key, library), m)
@@ -29,3 +31,4 @@ bool is_second_copy();
     }                                                                           \
   }                                                                             \
   static void C10_CONCATENATE(register_at_line_, __LINE__)(torch::Library & m)
+// NOLINTEND(bugprone-macro-parentheses)
