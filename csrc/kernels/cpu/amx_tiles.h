@@ -10,11 +10,10 @@
 // stride.
 //
 // The register tile is 32 x 32: four tiles of sums, two of A, two of B, all eight there are. A step
-// of 16 words is four loads (8 cycles each from L1) and four products (16 cycles each), and four
-// sums are enough to hide a product's latency of 52.
-// Bound: tdpbf16ps, 32 times as many products per instruction as vdpbf16ps, of which a core starts
-// one in 16 cycles against one per cycle: hence ten times as fast, and what is left of the kernels
-// is the passes over the scores.
+// of 16 words is four loads and four products of four independent sums.
+// Bound: tdpbf16ps, 16,384 operations. Measured on Sapphire Rapids: 3.3 TFLOP/s of a core by
+// itself, against 0.3 of vdpbf16ps; 2.2 for a 32 x 32 block of depth 64 with its stores, 1.7 where
+// it adds to sums in memory. What is left of the kernels is the passes over the scores.
 //
 // Sums go on in steps of 16 words. So operands are packed in whole steps, zeros behind (kStep), and
 // whole steps of scores are written. A, transposed, is not a tile: sums over the rows of a tile of

@@ -1,6 +1,6 @@
 // Dot-product attention of bfloat16 with AMX: what attention_avx512bf16.cpp says, with tdpbf16ps in
 // the place of vdpbf16ps (amx_tiles.h). Roundings are the same; sums are made in another order.
-// Bound: the passes over the scores. Of 64 features, a pair's products take 0.1 ns forward.
+// Bound: the passes over the scores.
 #define TSA_CPU_ISA amx
 #include "kernels/cpu/attention_isa.h"
 

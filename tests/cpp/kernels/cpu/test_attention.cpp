@@ -225,6 +225,12 @@ std::vector<Case> problems() {
       make("all dropped", [](Case& c) { c.dropout = 1.0, c.grad_lse = true; }),
       make("negative scale", [](Case& c) { c.scale = -0.7; }),
       make("large scores", [](Case& c) { c.amplitude = 20.0; }),
+      // So few pairs that what is relative to the wrong maximum overflows into finite numbers.
+      make("large scores, negative scale",
+           [](Case& c) {
+             c.amplitude = 5.5, c.scale = -0.4, c.query_length = 5, c.key_length = 3;
+             c.batch = 8, c.heads = c.kv_heads = 4;
+           }),
       make("large dimensions", [](Case& c) { c.head_dim = 300, c.value_dim = 259; }),
       make("dimensions of one", [](Case& c) { c.head_dim = 1, c.value_dim = 1; }),
       make("no keys", [](Case& c) { c.key_length = 0; }),
