@@ -161,8 +161,8 @@ def _grid(lengths: Sequence[int]) -> list[Problem]:
     ]
 
 
-# A problem stands in one set only (but for `quick` and `memory`): a report must not compare figures
-# of different runs.
+# A problem stands in one set only (but for `quick`, `memory` and the sets of GPUs, of which reports
+# are made apart): a report must not compare figures of different runs.
 SETS: dict[str, list[Problem]] = {
     # A minute: what `make bench` runs.
     "quick": [_square(op, 8, length, 64) for op in ("dot", "additive") for length in (128, 512)],
