@@ -65,7 +65,15 @@ def run_python(path, folder, monkeypatch):
 
 
 def run_in_processes(file):
-    """A script for two processes."""
+    """A script for two processes. Now and then one of them dies when it is done, of a thread that
+    gloo has not joined; then once more."""
+    status, output = run_once_in_processes(file)
+    if status != 0 and "terminate called without an active exception" in output:
+        status, output = run_once_in_processes(file)
+    assert status == 0, output
+
+
+def run_once_in_processes(file):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(Path(torch_selfattn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
@@ -78,7 +86,7 @@ def run_in_processes(file):
     except subprocess.TimeoutExpired:
         process.terminate()  # which ends the two as well
         output, _ = process.communicate()
-    assert process.returncode == 0, output
+    return process.returncode, output
 
 
 def build_and_run(path, folder):
