@@ -8,7 +8,9 @@
 // One attention problem as the kernels see it: raw pointers, sizes, strides in elements.
 //
 //   score(i, j)  = scale * sum_d q[i, d] k[j, d]                     (dot product)
-//                = scale * sum_d w[d] tanh(q[i, d] + k[j, d])         (additive)
+//                = scale * sum_d w[d] f(q[i, d] + k[j, d])            (additive)
+//   f(x)         = tanh(x), or x where x > 0 and negative_slope x elsewhere (leaky ReLU; ReLU is
+//                  that of slope 0)
 //   s(i, j)      = score(i, j) + bias(i, j) - slope |position(i) - j|    where (i, j) is allowed
 //   lse(i)       = log sum_j exp(s(i, j)), p(i, j) = exp(s(i, j) - lse(i))
 //   out(i)       = sum_j p(i, j) * dropout(i, j) * v[j]
@@ -22,6 +24,7 @@
 namespace torch_selfattn::kernels {
 
 enum class ScoreKind : std::uint8_t { kDotProduct, kAdditive };
+enum class Activation : std::uint8_t { kTanh, kLeakyRelu };
 enum class MaskKind : std::uint8_t { kNone, kBool, kFloat };
 
 // A read-only (B, H, L, D) tensor of the problem's dtype; a stride is 0 where it is broadcast.
@@ -37,6 +40,8 @@ struct View {
 struct AttentionProblem {
   DType dtype = DType::kFloat32;
   ScoreKind score = ScoreKind::kDotProduct;
+  Activation activation = Activation::kTanh;  // additive only
+  double negative_slope = 0.0;                // of kLeakyRelu
   std::int64_t batch = 0;
   std::int64_t heads = 0;
   std::int64_t kv_heads = 0;
