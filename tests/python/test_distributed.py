@@ -36,9 +36,7 @@ class Sharded:
         assert torch_selfattn.distributed.__all__
         self.mesh = init_device_mesh("cpu", (2,))
 
-    def check(
-        self, function, tensors, dims, output_dim, communicates=False, differentiable=True
-    ):
+    def check(self, function, tensors, dims, output_dim, communicates=False, differentiable=True):
         """tensors by name; dims: the dimension each is sharded along, None where it is replicated.
 
         The output must be sharded along output_dim without communication, and so must the gradients
