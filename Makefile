@@ -78,8 +78,13 @@ build: $(BUILD)/build.ninja stage ## compile, and install into the package folde
 	@cmake --build $(BUILD) --target install -j $(JOBS)
 
 .PHONY: test
-test: build ## Python and C++ tests; sets up everything it needs
-	@tools/run_tests.sh $(BUILD) $(PY) $(PYTHONPATH_DIR) $(JOBS) $(ARGS)
+test: build ## Python and C++ tests, without the slow ones; sets up everything it needs
+	@tools/run_tests.sh quick $(BUILD) $(PY) $(PYTHONPATH_DIR) $(JOBS) $(ARGS)
+
+.PHONY: test-slow
+test-slow: build ## the slow ones: other projects, examples, CUDA kernels under race detector and sanitizers
+	@cmake --build $(BUILD) --target slow_tests -j $(JOBS)
+	@tools/run_tests.sh slow $(BUILD) $(PY) $(PYTHONPATH_DIR) $(JOBS) $(ARGS)
 
 .PHONY: lint
 lint: $(BUILD)/build.ninja ## formatting, static analysis, types and the rules of the source tree
@@ -117,6 +122,7 @@ test-tsan: $(ENVIRONMENT) ## the CPU kernels under ThreadSanitizer
 
 .PHONY: gpu-check
 gpu-check: build ## on a machine with a GPU: tests, compute-sanitizer, benchmarks
+	@cmake --build $(BUILD) --target gpu_tests -j $(JOBS)
 	@$(RUN) $(ROOT)/tools/gpu_check.py --build $(ROOT)/$(BUILD) $(if $(OUT),--out $(abspath $(OUT))) $(ARGS)
 
 # How the above get what they need.

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a fixed seed, and a reason for each skipped GPU test."""
+"""What all tests share: one thread, a fixed seed, and no test of a GPU where there is none."""
 
 from pathlib import Path
 
@@ -25,14 +25,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ways.Recorder(file))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_report_header() -> str:
+    found = torch.cuda.is_available()
+    return "torch finds a GPU" if found else "torch finds no GPU: tests marked cuda are left out"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k leave tests out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    collected = config.stash.setdefault(ways.COLLECTED, {})
     for item in items:
-        item.user_properties += [("way", pair) for pair in ways.shown_by(item)]
+        shown = ways.shown_by(item)
+        item.user_properties += [("way", pair) for pair in shown]
+        collected.setdefault(item.path, set()).update(shown)
     if torch.cuda.is_available():
         return
-    for item in items:
-        if item.get_closest_marker("cuda") is not None:
-            item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
+    for_gpu = {item for item in items if item.get_closest_marker("cuda") is not None}
+    config.hook.pytest_deselected(items=list(for_gpu))
+    items[:] = [item for item in items if item not in for_gpu]
 
 
 @pytest.fixture(autouse=True)

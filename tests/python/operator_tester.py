@@ -348,7 +348,8 @@ class OperatorTester(ABC):
         if p.name in ("long mask", "long slopes", "long dropout", "larger")
     ]
 
-    # Gradients. gradcheck compares with finite differences in float64, element by element.
+    # Gradients. gradcheck compares with finite differences in float64, along a random direction or,
+    # of every problem in the slow tests, element by element.
 
     def gradient_problems(self) -> list[Problem]:
         return [p for p in self.problems if not (p.large or p.empty or self.has_float32(p))]
@@ -361,9 +362,16 @@ class OperatorTester(ABC):
 
     def test_gradcheck(self, problem):
         f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
-        assert gradcheck(f, inputs)
+        assert gradcheck(f, inputs, fast_mode=True)
 
     test_gradcheck.problems = gradient_problems
+
+    @pytest.mark.slow
+    def test_gradcheck_every_element(self, problem):
+        f, inputs = self.function(self.arguments(problem, torch.float64, "cpu"))
+        assert gradcheck(f, inputs)
+
+    test_gradcheck_every_element.problems = gradient_problems
 
     @pytest.mark.way("double backward")
     def test_gradgradcheck(self, problem):
@@ -405,6 +413,7 @@ class OperatorTester(ABC):
 
     # Registration.
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by opcheck itself
     def test_opcheck(self, problem, device):
         """All of torch.library.opcheck for the public, the forward and the backward operator."""

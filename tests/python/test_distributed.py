@@ -286,6 +286,7 @@ def sharding_rules(rank):
     check_dropout(sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.way("DTensor", operators=ways.ATTENTION + ways.ENCODINGS)
 def test_sharding_rules(tmp_path):
     run_in_two_processes(sharding_rules, tmp_path)

@@ -297,6 +297,7 @@ def tensor_parallel(rank):
     check_refusals(mesh)
 
 
+@pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     run_in_two_processes(tensor_parallel, tmp_path)
 

@@ -111,12 +111,15 @@ def build_and_run(path, folder):
     return run.stdout
 
 
+def is_slow(path):
+    """Compiles a program, or starts processes."""
+    return bool(blocks(path, "cpp")) or path.name == "distributed.md"
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(
-            p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if blocks(p, "cpp") else []
-        )
+        pytest.param(p, id=str(p.relative_to(ROOT)), marks=[pytest.mark.slow] if is_slow(p) else [])
         for p in EXAMPLES
     ],
 )
@@ -216,19 +219,14 @@ def test_table_of_ways_is_of_these_tests(request):
     ]
     assert head[1:] == ways.WAYS and [row[0] for row in rows] == ways.OPERATORS
     shown = {(row[0], way) for row in rows for way, n in zip(head[1:], row[1:], strict=True) if n}
-    items = request.session.items
-    marked = {pair for item in items for pair in ways.shown_by(item)}
+    collected = request.config.stash[ways.COLLECTED]
+    marked = set().union(*collected.values())
     assert marked <= shown
-    options = request.config.option
-    files = {item.path for item in items}
-    if (
-        not options.keyword
-        and not options.markexpr
-        and set(ROOT.glob("tests/python/test_*.py")) == files
-    ):
+    if set(ROOT.glob("tests/python/test_*.py")) == set(collected):
         assert shown <= marked
 
 
+@pytest.mark.slow
 def test_api_reference_has_every_public_name(tmp_path):
     sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     run = subprocess.run(

@@ -23,6 +23,7 @@ def test_prints_nothing_and_warns_of_nothing() -> None:
     assert done.stdout == "" and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_import_time() -> None:
     code = """
 import time, torch

@@ -47,7 +47,10 @@ def measure(op: str, heads: int, length: int, dim: int, alibi: bool = False) -> 
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "slopes"])
+@pytest.mark.parametrize(
+    "alibi",
+    [pytest.param(False, id="plain"), pytest.param(True, id="slopes", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("op", ["dot_product_attention", "additive_attention"])
 def test_linear_in_the_length(op, alibi):
     """One head, where splitting the keys between threads costs most: at each length no more than

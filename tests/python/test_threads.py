@@ -182,7 +182,7 @@ def compare_with_workers(context: str) -> None:
     print("the same")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(context):
     program = f"import test_threads; test_threads.compare_with_workers({context!r})"
     run = subprocess.run(

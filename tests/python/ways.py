@@ -43,6 +43,8 @@ POSITIONAL = [
 ]
 # Each *_with_lse goes with its operator: both are the same inner operator.
 OPERATORS = ATTENTION + POSITIONAL
+# In a session's stash: what the collected tests of each file show, chosen to run or not.
+COLLECTED = pytest.StashKey[dict[Path, set[tuple[str, str]]]]()
 ENCODINGS = ["add_sinusoidal_encoding", "add_learned_encoding", "rotary_embedding"]
 
 
