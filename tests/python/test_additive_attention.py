@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ class TestAdditiveAttention(AttentionTester):
 class ActivationTester(AttentionTester):
     op = "additive_attention_with_lse"
     score = "additive"
-    problems = [BY_NAME[name] for name in [*FEW, *SCORES, "long mask"]]
+    problems: ClassVar = [BY_NAME[name] for name in [*FEW, *SCORES, "long mask"]]
 
 
 class TestLeakyRelu(ActivationTester):
-    extra = {"activation": "leaky_relu"}
+    extra: ClassVar = {"activation": "leaky_relu"}
 
     def plain(self, implementation, dtype=torch.float64):
         arguments = self.arguments(BY_NAME["plain"], dtype, "cpu")
@@ -72,15 +73,17 @@ class TestLeakyRelu(ActivationTester):
 
 
 class TestRelu(ActivationTester):
-    extra = {"activation": "relu"}
-    problems = [BY_NAME[name] for name in [*FEW, "odd sizes", "long mask", "slopes per sample"]]
+    extra: ClassVar = {"activation": "relu"}
+    problems: ClassVar = [
+        BY_NAME[name] for name in [*FEW, "odd sizes", "long mask", "slopes per sample"]
+    ]
 
 
 class TestSteepLeakyRelu(ActivationTester):
     """A slope above 1, where the line below 0 is the lower one."""
 
-    extra = {"activation": "leaky_relu", "negative_slope": 1.5}
-    problems = TestRelu.problems
+    extra: ClassVar = {"activation": "leaky_relu", "negative_slope": 1.5}
+    problems: ClassVar = TestRelu.problems
 
 
 def test_old_scripted_calls_still_load():
