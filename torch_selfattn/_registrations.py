@@ -6,7 +6,7 @@ by the position in the batch.
 
 FLOP counts (``torch.utils.flop_counter``): matrix products as PyTorch counts those of its own
 attention, masks and windows not discounted; an element of the additive score counts 4 forward (add,
-tanh as 1, multiply-add with the weight).
+the activation as 1, multiply-add with the weight).
 """
 
 from typing import Any

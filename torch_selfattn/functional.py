@@ -167,32 +167,38 @@ def additive_attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
-    """Additive attention: the score is ``scale * sum_d weight[h, d] * tanh(q[i, d] + k[j, d])``.
+    """Additive attention: the score is ``scale * sum_d weight[h, d] * f(q[i, d] + k[j, d])``.
 
     ``weight`` is (E), or (H, E) for one vector per query head, in query's dtype, with gradient;
-    ``scale`` is 1 by default. The projections of query and key come before this function
-    (:class:`torch_selfattn.nn.AdditiveAttention` has them). The other arguments are described at
-    the top of :mod:`torch_selfattn.functional`. Never forms a tensor of Lq * Lk elements.
+    ``scale`` is 1 by default. ``activation``, f: ``"tanh"``, ``"relu"``, or ``"leaky_relu"``: x
+    where x > 0 and ``negative_slope * x`` elsewhere (the derivative at 0 is the slope), 0.2 in
+    GATv2; the others do not read ``negative_slope``. The projections of query and key come before
+    this function (:class:`torch_selfattn.nn.AdditiveAttention` has them). The other arguments are
+    described at the top of :mod:`torch_selfattn.functional`. Never forms a tensor of Lq * Lk
+    elements.
 
     Shapes: query (..., H, Lq, E), key (..., Hk, Lk, E), value (..., Hk, Lk, Ev) ->
     (..., H, Lq, Ev), in query's dtype.
 
     Source: Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and
-    translate", ICLR 2015.
+    translate", ICLR 2015. Leaky ReLU: Brody, Alon and Yahav, "How attentive are graph attention
+    networks?", ICLR 2022.
     """
     # As in dot_product_attention.
     if not torch.jit.is_scripting() and (  # type: ignore[attr-defined]
         attn_mask is None and dropout_p == 0.0 and is_causal is False and scale is None
         and enable_gqa is False and key_lengths is None and key_starts is None
         and window_left == -1 and window_right == -1 and isinstance(query_offset, int)
-        and query_offsets is None and alibi_slopes is None
+        and query_offsets is None and alibi_slopes is None and activation == "tanh"
     ):  # fmt: skip
         return _additive_attention(query, key, value, weight)
     return _additive_attention(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )  # fmt: skip
 
 
@@ -213,6 +219,8 @@ def additive_attention_with_lse(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
     """:func:`additive_attention` and the log-sum-exp of each row of scores.
 
@@ -222,7 +230,7 @@ def additive_attention_with_lse(
     return torch.ops.torch_selfattn.additive_attention_with_lse(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )  # fmt: skip
 
 
@@ -244,11 +252,14 @@ def attention_weights(
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     average_heads: bool = False,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """Chosen rows of the matrix of attention weights, without forming the others.
 
     ``weight`` None means the dot-product score, (E) or (H, E) the additive one. ``rows`` (R) int64:
     indices of queries, all by default. ``heads`` (G) int64: indices of query heads, all by default.
+    ``activation`` and ``negative_slope``: those of :func:`additive_attention`.
     ``average_heads``: the mean over these heads; the matrices of single heads are not formed.
     The other arguments are described at the top of :mod:`torch_selfattn.functional`.
 
@@ -259,8 +270,7 @@ def attention_weights(
     return torch.ops.torch_selfattn.attention_weights(
         query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
-        average_heads,
+        alibi_slopes, average_heads, activation, negative_slope,
     )  # fmt: skip
 
 
@@ -286,6 +296,8 @@ def multi_head_attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """In-projection, attention with ``num_heads`` heads, out-projection.
 
@@ -295,7 +307,8 @@ def multi_head_attention(
     value projections behind each other, or the three of them, (E, Dq), (Ekv, Dk), (Ekv, Dv), with
     E = num_heads * head dim and Ekv = num_kv_heads * head dim. ``in_proj_bias``: nothing, one
     packed vector or three. ``out_proj_weight``: (Do, E). ``score_weight``: None for the dot
-    product, (head dim) or (num_heads, head dim) for the additive score. ``num_kv_heads`` None means
+    product, (head dim) or (num_heads, head dim) for the additive score, whose ``activation`` and
+    ``negative_slope`` are those of :func:`additive_attention`. ``num_kv_heads`` None means
     num_heads. The other arguments are described at the top of :mod:`torch_selfattn.functional`.
 
     Source: Vaswani et al., 2017; grouped heads: Ainslie et al., "GQA", EMNLP 2023.
@@ -304,7 +317,7 @@ def multi_head_attention(
         query, key, value, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias,
         score_weight, num_kv_heads, attn_mask, dropout_p, is_causal, scale,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )  # fmt: skip
 
 
@@ -325,6 +338,8 @@ def explain(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> str:
     """Says which implementation runs this call, and why those before it in the list do not.
 
@@ -334,5 +349,5 @@ def explain(
     return torch.ops.torch_selfattn.explain(
         query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )  # fmt: skip

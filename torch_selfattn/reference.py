@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 __all__ = [
     "additive_attention",
@@ -101,6 +102,8 @@ def attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and weights (before dropout) of both scores; weight None: dot product."""
     rank = max(query.dim(), key.dim(), value.dim())
@@ -132,7 +135,10 @@ def attention(
         terms = q_i.where(pair, 0.0) * k_j.where(pair, 0.0)
         scores = terms.sum(-1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     else:
-        terms = torch.tanh((q_i + k_j).where(pair, 0.0))
+        sums = (q_i + k_j).where(pair, 0.0)
+        terms = torch.tanh(sums) if activation == "tanh" else leaky_relu(
+            sums, 0.0 if activation == "relu" else negative_slope
+        )  # fmt: skip
         # weight: (E), (H, E), or, as the inner operators take it, (B or 1, H or 1, E)
         w = weight[..., :, None, None, :] if weight.dim() > 1 else weight
         scores = (terms * w).sum(-1) * (1.0 if scale is None else scale)
@@ -225,12 +231,14 @@ def additive_attention_with_lse(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of :func:`torch_selfattn.additive_attention_with_lse`."""
     out, lse, _ = attention(
         query, key, value, weight, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )  # fmt: skip
     return out, lse
 
@@ -252,12 +260,14 @@ def additive_attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """Output of :func:`torch_selfattn.additive_attention`."""
     return attention(
         query, key, value, weight, attn_mask, dropout_factors, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )[0]  # fmt: skip
 
 
@@ -279,12 +289,14 @@ def attention_weights(
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     average_heads: bool = False,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """Chosen rows of the weights: :func:`torch_selfattn.attention_weights`."""
     weights = attention(
         query, key, key, weight, attn_mask, None, is_causal, scale, enable_gqa,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )[2]  # fmt: skip
     if rows is not None:
         weights = weights.index_select(-2, rows)
@@ -316,6 +328,8 @@ def multi_head_attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     """Projections and attention: :func:`torch_selfattn.multi_head_attention`."""
     if query.dim() == 2:
@@ -323,7 +337,7 @@ def multi_head_attention(
             query[None], key[None], value[None], num_heads, in_proj_weight, in_proj_bias,
             out_proj_weight, out_proj_bias, score_weight, num_kv_heads, attn_mask, dropout_factors,
             is_causal, scale, key_lengths, key_starts, window_left, window_right, query_offset,
-            query_offsets, alibi_slopes,
+            query_offsets, alibi_slopes, activation, negative_slope,
         )[0]  # fmt: skip
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     embed_dim = out_proj_weight.shape[1]
@@ -340,7 +354,7 @@ def multi_head_attention(
         project(query, 0, num_heads), project(key, 1, kv_heads), project(value, 2, kv_heads),
         score_weight, attn_mask, dropout_factors, is_causal, scale, True,
         key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-        alibi_slopes,
+        alibi_slopes, activation, negative_slope,
     )[0]  # fmt: skip
     out = out.transpose(-3, -2).flatten(-2)  # (B, Lq, num_heads * E)
     return torch.nn.functional.linear(out, out_proj_weight, out_proj_bias)

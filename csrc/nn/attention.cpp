@@ -16,6 +16,7 @@ SelfAttentionImpl::SelfAttentionImpl(SelfAttentionOptions options_) : options(st
 
 void SelfAttentionImpl::reset() {
   check_score("SelfAttention", options.score());
+  check_activation("SelfAttention", options.score(), options.activation());
   check_dropout("SelfAttention", options.dropout());
   const int64_t embed_dim = options.embed_dim();
   const int64_t key_dim = options.key_dim().value_or(embed_dim);
@@ -45,7 +46,8 @@ void SelfAttentionImpl::reset_parameters() {
 
 void SelfAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "torch_selfattn::nn::SelfAttention(score='" << options.score()
-         << "', dropout=" << options.dropout();
+         << "', dropout=" << options.dropout()
+         << activation_text(options.activation(), options.negative_slope());
   if (options.is_causal()) stream << ", is_causal=True";
   if (window_left >= 0 || window_right > 0) {
     stream << ", window=(" << window_left << ", " << window_right << ')';
@@ -67,14 +69,15 @@ std::tuple<Tensor, Tensor> SelfAttentionImpl::forward(const Tensor& x, const Ten
       score_weight.defined()
           ? additive_attention(query, key, value, score_weight, mask, dropout_p, false, scale,
                                false, lengths, std::nullopt, window_left, window_right, 0,
-                               std::nullopt, slopes)
+                               std::nullopt, slopes, options.activation(), options.negative_slope())
           : dot_product_attention(query, key, value, mask, dropout_p, false, scale, false, lengths,
                                   std::nullopt, window_left, window_right, 0, std::nullopt, slopes);
   Tensor weights;
   if (need_weights) {
     weights = attention_weights(query, key, given(score_weight), std::nullopt, std::nullopt, mask,
                                 false, scale, false, lengths, std::nullopt, window_left,
-                                window_right, 0, std::nullopt, slopes);
+                                window_right, 0, std::nullopt, slopes, false, options.activation(),
+                                options.negative_slope());
   }
   return {output, weights};
 }
@@ -85,6 +88,7 @@ AdditiveAttentionImpl::AdditiveAttentionImpl(AdditiveAttentionOptions options_)
 }
 
 void AdditiveAttentionImpl::reset() {
+  check_activation("AdditiveAttention", "additive", options.activation());
   check_dropout("AdditiveAttention", options.dropout());
   const int64_t hidden = options.hidden_dim();
   using torch::nn::Linear;
@@ -104,7 +108,8 @@ void AdditiveAttentionImpl::reset_parameters() {
 }
 
 void AdditiveAttentionImpl::pretty_print(std::ostream& stream) const {
-  stream << "torch_selfattn::nn::AdditiveAttention(dropout=" << options.dropout() << ')';
+  stream << "torch_selfattn::nn::AdditiveAttention(dropout=" << options.dropout()
+         << activation_text(options.activation(), options.negative_slope()) << ')';
 }
 
 Tensor AdditiveAttentionImpl::project_key(const Tensor& key) { return k_proj->forward(key); }
@@ -114,13 +119,16 @@ std::tuple<Tensor, Tensor> AdditiveAttentionImpl::attend(
     const Tensor& key_lengths, bool need_weights) {
   const Tensor hidden = q_proj->forward(query);
   const double dropout_p = is_training() ? options.dropout() : 0.0;
-  const Tensor context =
-      additive_attention(hidden, projected_key, value, score_weight, given(attn_mask), dropout_p,
-                         false, std::nullopt, false, given(key_lengths));
+  const Tensor context = additive_attention(
+      hidden, projected_key, value, score_weight, given(attn_mask), dropout_p, false, std::nullopt,
+      false, given(key_lengths), std::nullopt, -1, -1, 0, std::nullopt, std::nullopt,
+      options.activation(), options.negative_slope());
   Tensor weights;
   if (need_weights) {
     weights = attention_weights(hidden, projected_key, score_weight, std::nullopt, std::nullopt,
-                                given(attn_mask), false, std::nullopt, false, given(key_lengths));
+                                given(attn_mask), false, std::nullopt, false, given(key_lengths),
+                                std::nullopt, -1, -1, 0, std::nullopt, std::nullopt, false,
+                                options.activation(), options.negative_slope());
   }
   return {context, weights};
 }

@@ -14,6 +14,23 @@ void check_score(const char* module, const std::string& score) {
                     ": score must be 'dot' or 'additive' (got score='", score, "')");
 }
 
+void check_activation(const char* module, const std::string& score, const std::string& activation) {
+  TORCH_CHECK_VALUE(activation == "tanh" || activation == "leaky_relu" || activation == "relu",
+                    module, ": activation must be 'tanh', 'leaky_relu' or 'relu' (got activation='",
+                    activation, "')");
+  TORCH_CHECK_VALUE(score == "additive" || activation == "tanh", module,
+                    ": activation belongs to the additive score (got score='", score,
+                    "', activation='", activation, "')");
+}
+
+std::string activation_text(const std::string& activation, double negative_slope) {
+  if (activation == "tanh") return "";
+  std::ostringstream text;
+  text << ", activation='" << activation << '\'';
+  if (activation == "leaky_relu") text << ", negative_slope=" << negative_slope;
+  return text.str();
+}
+
 void check_dropout(const char* module, double dropout) {
   TORCH_CHECK_VALUE(0.0 <= dropout && dropout <= 1.0, module,
                     ": dropout must be between 0 and 1 (got dropout=", dropout, ")");

@@ -9,6 +9,9 @@
 namespace torch_selfattn::nn {
 
 void check_score(const char* module, const std::string& score);
+void check_activation(const char* module, const std::string& score, const std::string& activation);
+// What a module prints of it: nothing for tanh.
+std::string activation_text(const std::string& activation, double negative_slope);
 void check_dropout(const char* module, double dropout);
 
 // As torch::nn::Linear(head_dim, 1) starts: uniform within 1 / sqrt(head dim).

@@ -30,6 +30,7 @@ MultiHeadAttentionImpl::MultiHeadAttentionImpl(MultiHeadAttentionOptions options
 void MultiHeadAttentionImpl::check_options() const {
   constexpr const char* name = "MultiHeadAttention";
   check_score(name, options.score());
+  check_activation(name, options.score(), options.activation());
   check_dropout(name, options.dropout());
   const int64_t embed_dim = options.embed_dim();
   const int64_t num_heads = options.num_heads();
@@ -124,7 +125,8 @@ void MultiHeadAttentionImpl::reset_in_projection() {
 
 void MultiHeadAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "torch_selfattn::nn::MultiHeadAttention(" << options.embed_dim() << ", "
-         << options.num_heads() << ", score='" << options.score() << '\'';
+         << options.num_heads() << ", score='" << options.score() << '\''
+         << activation_text(options.activation(), options.negative_slope());
   if (num_kv_heads != options.num_heads()) stream << ", num_kv_heads=" << num_kv_heads;
   const auto [left, right] = options.window();
   if (left >= 0 || right >= 0) stream << ", window=(" << left << ", " << right << ')';
@@ -218,14 +220,16 @@ std::tuple<Tensor, Tensor> MultiHeadAttentionImpl::attend(const Tensor& query, c
   const Tensor attended =
       score_weight.defined()
           ? additive_attention(query, key, value, score_weight, mask, dropout_p, false, scale, true,
-                               lengths, starts, keys.left, keys.right, keys.offset, offsets, slopes)
+                               lengths, starts, keys.left, keys.right, keys.offset, offsets, slopes,
+                               options.activation(), options.negative_slope())
           : dot_product_attention(query, key, value, mask, dropout_p, false, scale, true, lengths,
                                   starts, keys.left, keys.right, keys.offset, offsets, slopes);
   Tensor weights;
   if (need_weights) {
-    weights = attention_weights(query, key, given(score_weight), std::nullopt, std::nullopt, mask,
-                                false, scale, true, lengths, starts, keys.left, keys.right,
-                                keys.offset, offsets, slopes, average_weights);
+    weights =
+        attention_weights(query, key, given(score_weight), std::nullopt, std::nullopt, mask, false,
+                          scale, true, lengths, starts, keys.left, keys.right, keys.offset, offsets,
+                          slopes, average_weights, options.activation(), options.negative_slope());
   }
   return {out_proj->forward(attended.transpose(1, 2).flatten(2)), weights};
 }
@@ -247,7 +251,7 @@ Tensor MultiHeadAttentionImpl::fused(const Tensor& query, const Tensor& key, con
       given(out_proj->bias), given(score_weight), num_kv_heads, given(keys.mask),
       is_training() ? options.dropout() : 0.0, false, scale, given(keys.lengths),
       given(keys.starts), keys.left, keys.right, keys.offset, given(keys.offsets),
-      alibi ? given(alibi->slopes) : std::nullopt);
+      alibi ? given(alibi->slopes) : std::nullopt, options.activation(), options.negative_slope());
 }
 
 // add_bias_kv and add_zero_attn: more keys behind the sequence, which all queries see. They lie

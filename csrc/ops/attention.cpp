@@ -5,6 +5,7 @@
 
 #include "ops/attention_kernel.h"
 #include "ops/canonical.h"
+#include "ops/checks.h"
 #include "ops/explain.h"
 #include "ops/operator_handle.h"
 #include "ops/registration.h"
@@ -49,11 +50,12 @@ Tensor additive_attention(const Tensor& query, const Tensor& key, const Tensor& 
                           bool is_causal, std::optional<double> scale, bool enable_gqa,
                           const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                           SymInt window_left, SymInt window_right, SymInt query_offset,
-                          const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+                          const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+                          std::string_view activation, double negative_slope) {
   static const auto op = ops::operator_handle<decltype(additive_attention)>("additive_attention");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets, alibi_slopes);
+                 std::move(query_offset), query_offsets, alibi_slopes, activation, negative_slope);
 }
 
 std::tuple<Tensor, Tensor> additive_attention_with_lse(
@@ -61,12 +63,13 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse(
     const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
     bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
     SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+    std::string_view activation, double negative_slope) {
   static const auto op =
       ops::operator_handle<decltype(additive_attention_with_lse)>("additive_attention_with_lse");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets, alibi_slopes);
+                 std::move(query_offset), query_offsets, alibi_slopes, activation, negative_slope);
 }
 
 std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -74,20 +77,22 @@ std::string explain(const Tensor& query, const Tensor& key, const Tensor& value,
                     bool is_causal, std::optional<double> scale, bool enable_gqa,
                     const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                     SymInt window_left, SymInt window_right, SymInt query_offset,
-                    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+                    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+                    std::string_view activation, double negative_slope) {
   static const auto op = ops::operator_handle<decltype(explain)>("explain");
   return op.call(query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets, alibi_slopes);
+                 std::move(query_offset), query_offsets, alibi_slopes, activation, negative_slope);
 }
 
 namespace ops {
 
 ForwardResults attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& o) {
   static const auto op = operator_handle<ForwardFunction<SymInt>>("_attention_forward");
-  auto [output, lse, philox_state] = op.call(
-      t.query, t.key, t.value, t.weight, t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
-      t.alibi_slopes, o.scale, o.dropout_p, o.window_left, o.window_right, o.query_offset);
+  auto [output, lse, philox_state] =
+      op.call(t.query, t.key, t.value, t.weight, t.attn_mask, t.key_lengths, t.key_starts,
+              t.query_offsets, t.alibi_slopes, o.scale, o.negative_slope, o.dropout_p,
+              o.window_left, o.window_right, o.query_offset);
   return {std::move(output), std::move(lse), std::move(philox_state)};
 }
 
@@ -97,8 +102,8 @@ BackwardResults attention_backward(const BackwardInputs& in, const AttentionTens
   auto [query, key, value, weight, attn_mask, alibi_slopes] =
       op.call(in.grad_output, in.grad_lse, t.query, t.key, t.value, t.weight, t.attn_mask,
               t.key_lengths, t.key_starts, t.query_offsets, t.alibi_slopes, in.output, in.lse,
-              in.philox_state, o.scale, o.dropout_p, o.window_left, o.window_right, o.query_offset,
-              in.attn_mask_grad, in.alibi_slopes_grad);
+              in.philox_state, o.scale, o.negative_slope, o.dropout_p, o.window_left,
+              o.window_right, o.query_offset, in.attn_mask_grad, in.alibi_slopes_grad);
   return {std::move(query),  std::move(key),       std::move(value),
           std::move(weight), std::move(attn_mask), std::move(alibi_slopes)};
 }
@@ -132,12 +137,12 @@ std::tuple<Tensor, Tensor> dot_product_attention_with_lse_composite(
     SymInt window_right, SymInt query_offset, const OptionalTensor& query_offsets,
     const OptionalTensor& alibi_slopes) {
   const OptionalTensor no_weight;
-  return attend(
-      "dot_product_attention",
-      {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets,
-       alibi_slopes},
-      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
-      is_causal, enable_gqa);
+  return attend("dot_product_attention",
+                {query, key, value, no_weight, attn_mask, key_lengths, key_starts, query_offsets,
+                 alibi_slopes},
+                {scale, std::nullopt, dropout_p, std::move(window_left), std::move(window_right),
+                 std::move(query_offset)},
+                is_causal, enable_gqa);
 }
 
 Tensor dot_product_attention_composite(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -159,13 +164,15 @@ std::tuple<Tensor, Tensor> additive_attention_with_lse_composite(
     const OptionalTensor& attn_mask, double dropout_p, bool is_causal, std::optional<double> scale,
     bool enable_gqa, const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
     SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+    std::string_view activation, double negative_slope) {
   const OptionalTensor some_weight = weight;
   return attend(
       "additive_attention",
       {query, key, value, some_weight, attn_mask, key_lengths, key_starts, query_offsets,
        alibi_slopes},
-      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
+      {scale, check_activation("additive_attention", true, activation, negative_slope), dropout_p,
+       std::move(window_left), std::move(window_right), std::move(query_offset)},
       is_causal, enable_gqa);
 }
 
@@ -176,11 +183,12 @@ Tensor additive_attention_composite(const Tensor& query, const Tensor& key, cons
                                     const OptionalTensor& key_starts, SymInt window_left,
                                     SymInt window_right, SymInt query_offset,
                                     const OptionalTensor& query_offsets,
-                                    const OptionalTensor& alibi_slopes) {
+                                    const OptionalTensor& alibi_slopes, std::string_view activation,
+                                    double negative_slope) {
   return std::get<0>(additive_attention_with_lse_composite(
       query, key, value, weight, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths,
       key_starts, std::move(window_left), std::move(window_right), std::move(query_offset),
-      query_offsets, alibi_slopes));
+      query_offsets, alibi_slopes, activation, negative_slope));
 }
 
 std::string explain_composite(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -190,17 +198,19 @@ std::string explain_composite(const Tensor& query, const Tensor& key, const Tens
                               const OptionalTensor& key_starts, SymInt window_left,
                               SymInt window_right, SymInt query_offset,
                               const OptionalTensor& query_offsets,
-                              const OptionalTensor& alibi_slopes) {
+                              const OptionalTensor& alibi_slopes, std::string_view activation,
+                              double negative_slope) {
   const AttentionTensors tensors{query,       key,        value,         weight,      attn_mask,
                                  key_lengths, key_starts, query_offsets, alibi_slopes};
   const CanonicalProblem c = canonicalize(
       tensors.name(), tensors,
-      {scale, dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
+      {scale, check_activation(tensors.name(), weight.has_value(), activation, negative_slope),
+       dropout_p, std::move(window_left), std::move(window_right), std::move(query_offset)},
       is_causal, enable_gqa);
   const AttentionOptions<SymInt>& o = c.options;
   return explain_attention(
       c.tensors(),
-      {o.scale, o.dropout_p, o.window_left.guard_int(__FILE__, __LINE__),
+      {o.scale, o.negative_slope, o.dropout_p, o.window_left.guard_int(__FILE__, __LINE__),
        o.window_right.guard_int(__FILE__, __LINE__), o.query_offset.guard_int(__FILE__, __LINE__)});
 }
 

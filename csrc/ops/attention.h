@@ -39,6 +39,7 @@ struct AttentionTensors {
 template <typename Int>
 struct AttentionOptions {
   std::optional<double> scale;
+  std::optional<double> negative_slope;  // of leaky ReLU in the additive score; none: tanh
   double dropout_p;
   Int window_left;
   Int window_right;
@@ -46,7 +47,7 @@ struct AttentionOptions {
 };
 
 inline AttentionOptions<c10::SymInt> symbolic(const AttentionOptions<int64_t>& o) {
-  return {o.scale, o.dropout_p, o.window_left, o.window_right, o.query_offset};
+  return {o.scale, o.negative_slope, o.dropout_p, o.window_left, o.window_right, o.query_offset};
 }
 
 struct ForwardResults {

@@ -16,15 +16,13 @@ using BackwardTuple =
 
 // Functions with the arguments of the schemas.
 template <typename Int>
-using ForwardFunction = ForwardTuple(const at::Tensor& query, const at::Tensor& key,
-                                     const at::Tensor& value, const OptionalTensor& weight,
-                                     const OptionalTensor& attn_mask,
-                                     const OptionalTensor& key_lengths,
-                                     const OptionalTensor& key_starts,
-                                     const OptionalTensor& query_offsets,
-                                     const OptionalTensor& alibi_slopes,
-                                     std::optional<double> scale, double dropout_p, Int window_left,
-                                     Int window_right, Int query_offset);
+using ForwardFunction =
+    ForwardTuple(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                 const OptionalTensor& weight, const OptionalTensor& attn_mask,
+                 const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+                 const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+                 std::optional<double> scale, std::optional<double> negative_slope,
+                 double dropout_p, Int window_left, Int window_right, Int query_offset);
 template <typename Int>
 using BackwardFunction = BackwardTuple(
     const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& query,
@@ -32,8 +30,9 @@ using BackwardFunction = BackwardTuple(
     const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
     const OptionalTensor& key_starts, const OptionalTensor& query_offsets,
     const OptionalTensor& alibi_slopes, const at::Tensor& output, const at::Tensor& lse,
-    const at::Tensor& philox_state, std::optional<double> scale, double dropout_p, Int window_left,
-    Int window_right, Int query_offset, bool attn_mask_grad, bool alibi_slopes_grad);
+    const at::Tensor& philox_state, std::optional<double> scale,
+    std::optional<double> negative_slope, double dropout_p, Int window_left, Int window_right,
+    Int query_offset, bool attn_mask_grad, bool alibi_slopes_grad);
 
 template <auto kernel>
 struct AttentionKernel;
@@ -46,12 +45,12 @@ struct AttentionKernel<kernel> {
                            const OptionalTensor& weight, const OptionalTensor& attn_mask,
                            const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                            const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
-                           std::optional<double> scale, double dropout_p, Int window_left,
-                           Int window_right, Int query_offset) {
+                           std::optional<double> scale, std::optional<double> negative_slope,
+                           double dropout_p, Int window_left, Int window_right, Int query_offset) {
     ForwardResults r = kernel({query, key, value, weight, attn_mask, key_lengths, key_starts,
                                query_offsets, alibi_slopes},
-                              {scale, dropout_p, std::move(window_left), std::move(window_right),
-                               std::move(query_offset)});
+                              {scale, negative_slope, dropout_p, std::move(window_left),
+                               std::move(window_right), std::move(query_offset)});
     return {std::move(r.output), std::move(r.lse), std::move(r.philox_state)};
   }
 };
@@ -66,13 +65,14 @@ struct AttentionKernel<kernel> {
                             const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
                             const at::Tensor& output, const at::Tensor& lse,
                             const at::Tensor& philox_state, std::optional<double> scale,
-                            double dropout_p, Int window_left, Int window_right, Int query_offset,
-                            bool attn_mask_grad, bool alibi_slopes_grad) {
+                            std::optional<double> negative_slope, double dropout_p, Int window_left,
+                            Int window_right, Int query_offset, bool attn_mask_grad,
+                            bool alibi_slopes_grad) {
     BackwardResults r = kernel(
         {grad_output, grad_lse, output, lse, philox_state, attn_mask_grad, alibi_slopes_grad},
         {query, key, value, weight, attn_mask, key_lengths, key_starts, query_offsets,
          alibi_slopes},
-        {scale, dropout_p, std::move(window_left), std::move(window_right),
+        {scale, negative_slope, dropout_p, std::move(window_left), std::move(window_right),
          std::move(query_offset)});
     return {std::move(r.grad_query),  std::move(r.grad_key),       std::move(r.grad_value),
             std::move(r.grad_weight), std::move(r.grad_attn_mask), std::move(r.grad_alibi_slopes)};

@@ -5,6 +5,7 @@
 
 #include "ops/attention_weights_kernel.h"
 #include "ops/canonical.h"
+#include "ops/checks.h"
 #include "ops/layout.h"
 #include "ops/operator_handle.h"
 #include "ops/registration.h"
@@ -22,11 +23,12 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                          const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                          SymInt window_left, SymInt window_right, SymInt query_offset,
                          const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
-                         bool average_heads) {
+                         bool average_heads, std::string_view activation, double negative_slope) {
   static const auto op = ops::operator_handle<decltype(attention_weights)>("attention_weights");
   return op.call(query, key, weight, rows, heads, attn_mask, is_causal, scale, enable_gqa,
                  key_lengths, key_starts, std::move(window_left), std::move(window_right),
-                 std::move(query_offset), query_offsets, alibi_slopes, average_heads);
+                 std::move(query_offset), query_offsets, alibi_slopes, average_heads, activation,
+                 negative_slope);
 }
 
 namespace ops {
@@ -35,8 +37,8 @@ Tensor attention_weights_forward(const WeightsInputs& in, const AttentionTensors
                                  const AttentionOptions<SymInt>& o) {
   static const auto op = operator_handle<WeightsFunction<SymInt>>("_attention_weights_forward");
   return op.call(t.query, t.key, t.weight, t.attn_mask, t.key_lengths, t.key_starts,
-                 t.query_offsets, t.alibi_slopes, in.query_indices, o.scale, o.window_left,
-                 o.window_right, o.query_offset, in.average_heads);
+                 t.query_offsets, t.alibi_slopes, in.query_indices, o.scale, o.negative_slope,
+                 o.window_left, o.window_right, o.query_offset, in.average_heads);
 }
 
 BackwardResults attention_weights_backward(const WeightsBackwardInputs& in,
@@ -46,8 +48,8 @@ BackwardResults attention_weights_backward(const WeightsBackwardInputs& in,
       operator_handle<WeightsBackwardFunction<SymInt>>("_attention_weights_backward");
   auto [query, key, weight, attn_mask, alibi_slopes] = op.call(
       in.grad, t.query, t.key, t.weight, t.attn_mask, t.key_lengths, t.key_starts, t.query_offsets,
-      t.alibi_slopes, in.query_indices, o.scale, o.window_left, o.window_right, o.query_offset,
-      in.average_heads, in.attn_mask_grad, in.alibi_slopes_grad);
+      t.alibi_slopes, in.query_indices, o.scale, o.negative_slope, o.window_left, o.window_right,
+      o.query_offset, in.average_heads, in.attn_mask_grad, in.alibi_slopes_grad);
   return {std::move(query),  std::move(key),       Tensor(),
           std::move(weight), std::move(attn_mask), std::move(alibi_slopes)};
 }
@@ -118,16 +120,18 @@ Tensor attention_weights_composite(
     const OptionalTensor& rows, const OptionalTensor& heads, const OptionalTensor& attn_mask,
     bool is_causal, std::optional<double> scale, bool enable_gqa, const OptionalTensor& key_lengths,
     const OptionalTensor& key_starts, SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes, bool average_heads) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes, bool average_heads,
+    std::string_view activation, double negative_slope) {
   const char* op = "attention_weights";
   check_selection("rows", query, rows);
   check_selection("heads", query, heads);
   const AttentionTensors given{query,       key,        key,           weight,      attn_mask,
                                key_lengths, key_starts, query_offsets, alibi_slopes};
-  const CanonicalProblem c = canonicalize(
-      op, given,
-      {scale, 0.0, std::move(window_left), std::move(window_right), std::move(query_offset)},
-      is_causal, enable_gqa);
+  const CanonicalProblem c =
+      canonicalize(op, given,
+                   {scale, check_activation(op, weight.has_value(), activation, negative_slope),
+                    0.0, std::move(window_left), std::move(window_right), std::move(query_offset)},
+                   is_causal, enable_gqa);
 
   const SymInt key_heads = c.key->sym_size(1);
   const SymInt group = key_heads == 0 ? SymInt(1) : c.query->sym_size(1) / key_heads;

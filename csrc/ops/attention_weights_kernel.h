@@ -18,17 +18,17 @@ using WeightsFunction = at::Tensor(const at::Tensor& query, const at::Tensor& ke
                                    const OptionalTensor& query_offsets,
                                    const OptionalTensor& alibi_slopes,
                                    const OptionalTensor& query_indices, std::optional<double> scale,
-                                   Int window_left, Int window_right, Int query_offset,
-                                   bool average_heads);
+                                   std::optional<double> negative_slope, Int window_left,
+                                   Int window_right, Int query_offset, bool average_heads);
 template <typename Int>
-using WeightsBackwardFunction =
-    WeightsBackwardTuple(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
-                         const OptionalTensor& weight, const OptionalTensor& attn_mask,
-                         const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
-                         const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
-                         const OptionalTensor& query_indices, std::optional<double> scale,
-                         Int window_left, Int window_right, Int query_offset, bool average_heads,
-                         bool attn_mask_grad, bool alibi_slopes_grad);
+using WeightsBackwardFunction = WeightsBackwardTuple(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+    const OptionalTensor& weight, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& query_indices, std::optional<double> scale,
+    std::optional<double> negative_slope, Int window_left, Int window_right, Int query_offset,
+    bool average_heads, bool attn_mask_grad, bool alibi_slopes_grad);
 
 template <auto kernel>
 struct WeightsKernel;
@@ -42,11 +42,13 @@ struct WeightsKernel<kernel> {
                          const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                          const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
                          const OptionalTensor& query_indices, std::optional<double> scale,
-                         Int window_left, Int window_right, Int query_offset, bool average_heads) {
+                         std::optional<double> negative_slope, Int window_left, Int window_right,
+                         Int query_offset, bool average_heads) {
     return kernel(
         {query_indices, average_heads},
         {query, key, key, weight, attn_mask, key_lengths, key_starts, query_offsets, alibi_slopes},
-        {scale, 0.0, std::move(window_left), std::move(window_right), std::move(query_offset)});
+        {scale, negative_slope, 0.0, std::move(window_left), std::move(window_right),
+         std::move(query_offset)});
   }
 };
 
@@ -59,13 +61,14 @@ struct WeightsKernel<kernel> {
       const OptionalTensor& weight, const OptionalTensor& attn_mask,
       const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
       const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
-      const OptionalTensor& query_indices, std::optional<double> scale, Int window_left,
-      Int window_right, Int query_offset, bool average_heads, bool attn_mask_grad,
-      bool alibi_slopes_grad) {
+      const OptionalTensor& query_indices, std::optional<double> scale,
+      std::optional<double> negative_slope, Int window_left, Int window_right, Int query_offset,
+      bool average_heads, bool attn_mask_grad, bool alibi_slopes_grad) {
     BackwardResults r = kernel(
         {grad, query_indices, average_heads, attn_mask_grad, alibi_slopes_grad},
         {query, key, key, weight, attn_mask, key_lengths, key_starts, query_offsets, alibi_slopes},
-        {scale, 0.0, std::move(window_left), std::move(window_right), std::move(query_offset)});
+        {scale, negative_slope, 0.0, std::move(window_left), std::move(window_right),
+         std::move(query_offset)});
     return {std::move(r.grad_query), std::move(r.grad_key), std::move(r.grad_weight),
             std::move(r.grad_attn_mask), std::move(r.grad_alibi_slopes)};
   }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "ops/known_equal.h"
 
@@ -119,12 +120,31 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
   check_index_tensor(op, "query_offsets", q, t.query_offsets);
   TORCH_CHECK_VALUE(options.dropout_p >= 0.0 && options.dropout_p <= 1.0, op,
                     ": dropout_p must be between 0 and 1 (got dropout_p=", options.dropout_p, ")");
+  TORCH_CHECK_VALUE(!options.negative_slope.has_value() ||
+                        (t.weight.has_value() && std::isfinite(*options.negative_slope)),
+                    op, ": negative_slope must be finite, and of an additive score");
   TORCH_CHECK_VALUE(
       options.window_left >= -1, op,
       ": window_left must be -1 (open) or more (got window_left=", options.window_left, ")");
   TORCH_CHECK_VALUE(
       options.window_right >= -1, op,
       ": window_right must be -1 (open) or more (got window_right=", options.window_right, ")");
+}
+
+std::optional<double> check_activation(const char* op, bool additive, std::string_view activation,
+                                       double negative_slope) {
+  TORCH_CHECK_VALUE(activation == "tanh" || activation == "leaky_relu" || activation == "relu", op,
+                    ": activation must be tanh, leaky_relu or relu (got activation=", activation,
+                    ")");
+  TORCH_CHECK_VALUE(additive || activation == "tanh", op,
+                    ": activation belongs to the additive score, which needs a weight (got "
+                    "activation=",
+                    activation, ")");
+  if (activation == "tanh") return std::nullopt;
+  if (activation == "relu") return 0.0;
+  TORCH_CHECK_VALUE(std::isfinite(negative_slope), op,
+                    ": negative_slope must be finite (got negative_slope=", negative_slope, ")");
+  return negative_slope;
 }
 
 void check_attention_forward(const AttentionTensors& t, const AttentionOptions<SymInt>& options) {

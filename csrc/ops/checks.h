@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string_view>
+
 #include "ops/attention.h"
 
 // Argument rules of the attention operators, on symbolic sizes only: the public layer calls them
@@ -13,6 +15,10 @@ namespace torch_selfattn::ops {
 // will_be_cast: dtypes may differ, since autocast is about to bring them to one.
 void check_attention_arguments(const char* op, const AttentionTensors& tensors,
                                const AttentionOptions<c10::SymInt>& options, bool will_be_cast);
+
+// What `activation` and `negative_slope` of the public operators are in AttentionOptions.
+std::optional<double> check_activation(const char* op, bool additive, std::string_view activation,
+                                       double negative_slope);
 
 // The same and the canonical shapes of ops/attention.h.
 void check_attention_forward(const AttentionTensors& tensors,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops/canonical.h"
+#include "ops/checks.h"
 #include "ops/operator_handle.h"
 #include "ops/packed_attention.h"
 #include "ops/registration.h"
@@ -26,14 +27,15 @@ Tensor multi_head_attention(const Tensor& query, const Tensor& key, const Tensor
                             double dropout_p, bool is_causal, std::optional<double> scale,
                             const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                             SymInt window_left, SymInt window_right, SymInt query_offset,
-                            const OptionalTensor& query_offsets,
-                            const OptionalTensor& alibi_slopes) {
+                            const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+                            std::string_view activation, double negative_slope) {
   static const auto op =
       ops::operator_handle<decltype(multi_head_attention)>("multi_head_attention");
   return op.call(query, key, value, std::move(num_heads), in_proj_weight, in_proj_bias,
                  out_proj_weight, out_proj_bias, score_weight, std::move(num_kv_heads), attn_mask,
                  dropout_p, is_causal, scale, key_lengths, key_starts, std::move(window_left),
-                 std::move(window_right), std::move(query_offset), query_offsets, alibi_slopes);
+                 std::move(window_right), std::move(query_offset), query_offsets, alibi_slopes,
+                 activation, negative_slope);
 }
 
 namespace ops {
@@ -127,7 +129,8 @@ Tensor multi_head_attention_composite(
     std::optional<SymInt> num_kv_heads, const OptionalTensor& attn_mask, double dropout_p,
     bool is_causal, std::optional<double> scale, const OptionalTensor& key_lengths,
     const OptionalTensor& key_starts, SymInt window_left, SymInt window_right, SymInt query_offset,
-    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes) {
+    const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+    std::string_view activation, double negative_slope) {
   TORCH_CHECK((query.dim() == 2 || query.dim() == 3) && key.dim() == query.dim() &&
                   value.dim() == query.dim(),
               "multi_head_attention: query, key and value must be (B, L, D) or (L, D) (got query=",
@@ -137,6 +140,8 @@ Tensor multi_head_attention_composite(
                     "multi_head_attention: num_heads must be a multiple of num_kv_heads (got "
                     "num_heads=",
                     num_heads, ", num_kv_heads=", kv_heads, ")");
+  const std::optional<double> slope = check_activation(
+      "multi_head_attention", score_weight.has_value(), activation, negative_slope);
   const InProjection projection =
       make_in_projection(query, key, value, in_proj_weight, in_proj_bias, num_heads, kv_heads);
 
@@ -169,7 +174,7 @@ Tensor multi_head_attention_composite(
         views.with({packed, separate, score_weight, attn_mask, key_lengths, key_starts,
                     query_offsets, alibi_slopes});
     const CanonicalProblem c = canonicalize(tensors.name(), tensors,
-                                            {scale, dropout_p, std::move(window_left),
+                                            {scale, slope, dropout_p, std::move(window_left),
                                              std::move(window_right), std::move(query_offset)},
                                             is_causal, grouped);
     joined = packed_attention_forward({packed, separate, c.weight, c.attn_mask, c.key_lengths,
@@ -190,7 +195,7 @@ Tensor multi_head_attention_composite(
             ? additive_attention(q, k, v, *score_weight, attn_mask, dropout_p, is_causal, scale,
                                  grouped, key_lengths, key_starts, std::move(window_left),
                                  std::move(window_right), std::move(query_offset), query_offsets,
-                                 alibi_slopes)
+                                 alibi_slopes, activation, negative_slope)
             : dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, grouped,
                                     key_lengths, key_starts, std::move(window_left),
                                     std::move(window_right), std::move(query_offset), query_offsets,

@@ -19,8 +19,8 @@ ForwardResults packed_attention_forward(const PackedTensors& t, const HeadCounts
   static const auto op = operator_handle<PackedFunction<SymInt>>("_packed_attention_forward");
   auto [output, lse, philox_state] =
       op.call(t.packed, t.query, t.weight, t.attn_mask, t.key_lengths, t.key_starts,
-              t.query_offsets, t.alibi_slopes, heads.query, heads.key, o.scale, o.dropout_p,
-              o.window_left, o.window_right, o.query_offset);
+              t.query_offsets, t.alibi_slopes, heads.query, heads.key, o.scale, o.negative_slope,
+              o.dropout_p, o.window_left, o.window_right, o.query_offset);
   return {std::move(output), std::move(lse), std::move(philox_state)};
 }
 
@@ -32,8 +32,8 @@ PackedGradients packed_attention_backward(const BackwardInputs& in, const Packed
   auto [packed, query, weight, attn_mask, alibi_slopes] =
       op.call(in.grad_output, in.grad_lse, t.packed, t.query, t.weight, t.attn_mask, t.key_lengths,
               t.key_starts, t.query_offsets, t.alibi_slopes, in.output, in.lse, in.philox_state,
-              heads.query, heads.key, o.scale, o.dropout_p, o.window_left, o.window_right,
-              o.query_offset, in.attn_mask_grad, in.alibi_slopes_grad);
+              heads.query, heads.key, o.scale, o.negative_slope, o.dropout_p, o.window_left,
+              o.window_right, o.query_offset, in.attn_mask_grad, in.alibi_slopes_grad);
   return {std::move(packed), std::move(query), std::move(weight), std::move(attn_mask),
           std::move(alibi_slopes)};
 }

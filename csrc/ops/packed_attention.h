@@ -91,7 +91,8 @@ using PackedFunction = ForwardTuple(const at::Tensor& packed, const OptionalTens
                                     const OptionalTensor& key_starts,
                                     const OptionalTensor& query_offsets,
                                     const OptionalTensor& alibi_slopes, Int num_heads,
-                                    Int num_kv_heads, std::optional<double> scale, double dropout_p,
+                                    Int num_kv_heads, std::optional<double> scale,
+                                    std::optional<double> negative_slope, double dropout_p,
                                     Int window_left, Int window_right, Int query_offset);
 template <typename Int>
 using PackedBackwardFunction = PackedBackwardTuple(
@@ -100,8 +101,9 @@ using PackedBackwardFunction = PackedBackwardTuple(
     const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
     const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
     const at::Tensor& output, const at::Tensor& lse, const at::Tensor& philox_state, Int num_heads,
-    Int num_kv_heads, std::optional<double> scale, double dropout_p, Int window_left,
-    Int window_right, Int query_offset, bool attn_mask_grad, bool alibi_slopes_grad);
+    Int num_kv_heads, std::optional<double> scale, std::optional<double> negative_slope,
+    double dropout_p, Int window_left, Int window_right, Int query_offset, bool attn_mask_grad,
+    bool alibi_slopes_grad);
 
 template <auto kernel>
 struct PackedKernel;
@@ -114,11 +116,12 @@ struct PackedKernel<kernel> {
                            const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
                            const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
                            Int num_heads, Int num_kv_heads, std::optional<double> scale,
-                           double dropout_p, Int window_left, Int window_right, Int query_offset) {
+                           std::optional<double> negative_slope, double dropout_p, Int window_left,
+                           Int window_right, Int query_offset) {
     ForwardResults r = kernel(
         {packed, query, weight, attn_mask, key_lengths, key_starts, query_offsets, alibi_slopes},
         {std::move(num_heads), std::move(num_kv_heads)},
-        {scale, dropout_p, std::move(window_left), std::move(window_right),
+        {scale, negative_slope, dropout_p, std::move(window_left), std::move(window_right),
          std::move(query_offset)});
     return {std::move(r.output), std::move(r.lse), std::move(r.philox_state)};
   }
@@ -128,22 +131,20 @@ template <typename Int,
           PackedGradients (*kernel)(const BackwardInputs&, const PackedTensors&,
                                     const HeadCounts<Int>&, const AttentionOptions<Int>&)>
 struct PackedKernel<kernel> {
-  static PackedBackwardTuple call(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                                  const at::Tensor& packed, const OptionalTensor& query,
-                                  const OptionalTensor& weight, const OptionalTensor& attn_mask,
-                                  const OptionalTensor& key_lengths,
-                                  const OptionalTensor& key_starts,
-                                  const OptionalTensor& query_offsets,
-                                  const OptionalTensor& alibi_slopes, const at::Tensor& output,
-                                  const at::Tensor& lse, const at::Tensor& philox_state,
-                                  Int num_heads, Int num_kv_heads, std::optional<double> scale,
-                                  double dropout_p, Int window_left, Int window_right,
-                                  Int query_offset, bool attn_mask_grad, bool alibi_slopes_grad) {
+  static PackedBackwardTuple call(
+      const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& packed,
+      const OptionalTensor& query, const OptionalTensor& weight, const OptionalTensor& attn_mask,
+      const OptionalTensor& key_lengths, const OptionalTensor& key_starts,
+      const OptionalTensor& query_offsets, const OptionalTensor& alibi_slopes,
+      const at::Tensor& output, const at::Tensor& lse, const at::Tensor& philox_state,
+      Int num_heads, Int num_kv_heads, std::optional<double> scale,
+      std::optional<double> negative_slope, double dropout_p, Int window_left, Int window_right,
+      Int query_offset, bool attn_mask_grad, bool alibi_slopes_grad) {
     PackedGradients r = kernel(
         {grad_output, grad_lse, output, lse, philox_state, attn_mask_grad, alibi_slopes_grad},
         {packed, query, weight, attn_mask, key_lengths, key_starts, query_offsets, alibi_slopes},
         {std::move(num_heads), std::move(num_kv_heads)},
-        {scale, dropout_p, std::move(window_left), std::move(window_right),
+        {scale, negative_slope, dropout_p, std::move(window_left), std::move(window_right),
          std::move(query_offset)});
     return {std::move(r.packed), std::move(r.query), std::move(r.weight), std::move(r.attn_mask),
             std::move(r.alibi_slopes)};

@@ -59,6 +59,10 @@ PreparedProblem prepare_problem(const AttentionTensors& t,
   kernels::AttentionProblem& p = prepared.problem;
   p.dtype = kernel_dtype(t.query.scalar_type());
   p.score = t.weight.has_value() ? kernels::ScoreKind::kAdditive : kernels::ScoreKind::kDotProduct;
+  if (options.negative_slope.has_value()) {
+    p.activation = kernels::Activation::kLeakyRelu;
+    p.negative_slope = *options.negative_slope;
+  }
   p.batch = t.query.size(0);
   p.heads = t.query.size(1);
   p.kv_heads = t.key.size(1);

@@ -19,14 +19,17 @@ const std::string shared_tail =
     "Tensor? key_lengths=None, Tensor? key_starts=None, SymInt window_left=-1, "
     "SymInt window_right=-1, SymInt query_offset=0, Tensor? query_offsets=None, "
     "Tensor? alibi_slopes=None";
+// Of the additive score, at the end: files that were saved before know nothing of them.
+const std::string activation = ", str activation=\"tanh\", float negative_slope=0.2";
 
 // What the forward and backward layers get: no is_causal (it is window_right = 0) and no GQA flag
-// (it is read off the head counts).
+// (it is read off the head counts); negative_slope is the activation (None: tanh).
 const std::string canonical_inputs =
     "Tensor query, Tensor key, Tensor value, Tensor? weight, Tensor? attn_mask, "
     "Tensor? key_lengths, Tensor? key_starts, Tensor? query_offsets, Tensor? alibi_slopes";
 const std::string canonical_options =
-    "float? scale, float dropout_p, SymInt window_left, SymInt window_right, SymInt query_offset";
+    "float? scale, float? negative_slope, float dropout_p, SymInt window_left, "
+    "SymInt window_right, SymInt query_offset";
 
 }  // namespace
 
@@ -43,24 +46,26 @@ TORCH_SELFATTN_SCHEMAS(library) {
   const std::string dot_inputs = "(Tensor query, Tensor key, Tensor value, ";
   const std::string additive_inputs = "(Tensor query, Tensor key, Tensor value, Tensor weight, ";
   const std::string tail = sdpa_arguments + shared_tail + ") -> ";
+  const std::string additive_tail = sdpa_arguments + shared_tail + activation + ") -> ";
   def("dot_product_attention" + dot_inputs + tail + "Tensor", random_tags);
   def("dot_product_attention_with_lse" + dot_inputs + tail + "(Tensor output, Tensor lse)",
       random_tags);
-  def("additive_attention" + additive_inputs + tail + "Tensor", random_tags);
-  def("additive_attention_with_lse" + additive_inputs + tail + "(Tensor output, Tensor lse)",
+  def("additive_attention" + additive_inputs + additive_tail + "Tensor", random_tags);
+  def("additive_attention_with_lse" + additive_inputs + additive_tail +
+          "(Tensor output, Tensor lse)",
       random_tags);
   def("attention_weights(Tensor query, Tensor key, Tensor? weight=None, Tensor? rows=None, "
       "Tensor? heads=None, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
       "bool enable_gqa=False, " +
-          shared_tail + ", bool average_heads=False) -> Tensor",
+          shared_tail + ", bool average_heads=False" + activation + ") -> Tensor",
       tags);
   def("multi_head_attention(Tensor query, Tensor key, Tensor value, SymInt num_heads, "
       "Tensor[] in_proj_weight, Tensor[] in_proj_bias, Tensor out_proj_weight, "
       "Tensor? out_proj_bias=None, Tensor? score_weight=None, SymInt? num_kv_heads=None, "
       "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, " +
-          shared_tail + ") -> Tensor",
+          shared_tail + activation + ") -> Tensor",
       random_tags);
-  def("explain" + dot_inputs + "Tensor? weight=None, " + tail + "str", tags);
+  def("explain" + dot_inputs + "Tensor? weight=None, " + additive_tail + "str", tags);
 
   // Attention, forward and backward layers. weight is None for the dot-product score.
   def("_attention_forward(" + canonical_inputs + ", " + canonical_options +
@@ -95,7 +100,8 @@ TORCH_SELFATTN_SCHEMAS(library) {
   const std::string weights_arguments =
       "Tensor query, Tensor key, Tensor? weight, Tensor? attn_mask, Tensor? key_lengths, "
       "Tensor? key_starts, Tensor? query_offsets, Tensor? alibi_slopes, Tensor? query_indices, "
-      "float? scale, SymInt window_left, SymInt window_right, SymInt query_offset, "
+      "float? scale, float? negative_slope, SymInt window_left, SymInt window_right, SymInt "
+      "query_offset, "
       "bool average_heads";
   def("_attention_weights_forward(" + weights_arguments + ") -> Tensor", tags);
   def("_attention_weights_backward(Tensor grad, " + weights_arguments +

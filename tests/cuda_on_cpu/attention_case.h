@@ -58,6 +58,8 @@ struct Case {
   What what = What::kAttention;
   DType dtype = DType::kFloat32;
   ScoreKind score = ScoreKind::kDotProduct;
+  Activation activation = Activation::kTanh;
+  double negative_slope = 0.2;
   std::int64_t batch = 1, heads = 2, kv_heads = 2;
   std::int64_t query_length = 37, key_length = 41, head_dim = 19, value_dim = 23;
   Layout layout = Layout::kHeadsOutside;
@@ -409,6 +411,8 @@ inline void run_case(const Case& c) {
     AttentionProblem p;
     p.dtype = c.dtype;
     p.score = c.score;
+    p.activation = c.activation;
+    p.negative_slope = c.negative_slope;
     p.batch = B;
     p.heads = H;
     p.kv_heads = Hk;

@@ -38,6 +38,8 @@ def reference_attention(
     query_offset: int = 0,
     query_offsets: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and weights (before dropout) in float64, differentiable to any order."""
     query, key, value = query.double(), key.double(), value.double()
@@ -56,7 +58,13 @@ def reference_attention(
         factor = 1.0 if scale is None else scale
         w = weight.double()
         w = w[:, None, None, :] if w.dim() == 2 else w  # beside (H, Lq, Lk, E)
-        scores = (w * torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))).sum(-1) * factor
+        x = query.unsqueeze(-2) + key.unsqueeze(-3)
+        f = {
+            "tanh": x.tanh(),
+            "relu": x.relu(),
+            "leaky_relu": torch.where(x > 0, x, negative_slope * x),
+        }
+        scores = (w * f[activation]).sum(-1) * factor
     scores = scores.expand(pairs)
 
     def per_sample(x: Tensor) -> Tensor:  # beside (..., H, Lq, Lk), or (N, Lq, Lk)
@@ -407,5 +415,30 @@ FEW = [
     "query offsets",
     "slopes, mask, window, lengths, groups",
     "dropout and mask",
+]
+# Beside the first, for what changes only the score.
+SCORES = [
+    "shared weight",
+    "one element",
+    "one query",
+    "negative scale",
+    "odd sizes",
+    "long causal",
+    "few queries of groups, long",
+    "wide heads",
+    "long window",
+    "grouped unequally",
+    "5-D",
+    "causal",
+    "key lengths with 0",
+    "float mask (2, 2, 4, 5)",
+    "mask of blocks",
+    "mask of blocks, few queries",
+    "slopes per sample",
+    "long slopes",
+    "long dropout",
+    "zero keys",
+    "zero head dim",
+    "large scores",
 ]
 FEWEST = ["3-D", "slopes, mask, window, lengths, groups", "dropout and mask"]

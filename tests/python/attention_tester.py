@@ -91,9 +91,10 @@ MASKED_KEYS: dict[str, Callable[[], tuple[Tensor, Tensor, Arguments]]] = {
 class AttentionTester(CompilerTester):
     score: ClassVar[str]  # "dot" or "additive"
     problems: ClassVar[list[Problem]] = PROBLEMS
+    extra: ClassVar[Arguments] = {}  # arguments of every call
 
     def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments:
-        return problem.arguments(self.score, dtype, device)
+        return problem.arguments(self.score, dtype, device) | self.extra
 
     def reference(self, arguments: Arguments, dropout_factors: Tensor | None) -> Any:
         return reference_of(arguments, dropout_factors)[:2]
@@ -111,6 +112,7 @@ class AttentionTester(CompilerTester):
                 key_lengths=list(range(1, batch + 1)),
                 options={"enable_gqa": True, "window_left": 6},
             ).arguments(self.score, torch.float32)
+            | self.extra
             for batch, queries, keys in ((5, 9, 10), (7, 13, 17), (8, 21, 31))
         ]
 
@@ -124,7 +126,7 @@ class AttentionTester(CompilerTester):
             slopes=(2,),
             options={"enable_gqa": True, "window_right": 1},
         )
-        return problem.arguments(self.score)
+        return problem.arguments(self.score) | self.extra
 
     # ---- The public operators beside the one under test ----
 

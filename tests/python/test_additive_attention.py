@@ -1,8 +1,93 @@
 """additive_attention and additive_attention_with_lse."""
 
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from attention_problems import BY_NAME, FEW, SCORES
 from attention_tester import AttentionTester
+from operator_tester import forced, skip_unless_supported
+
+import torch_selfattn
 
 
 class TestAdditiveAttention(AttentionTester):
     op = "additive_attention_with_lse"
     score = "additive"
+
+
+class ActivationTester(AttentionTester):
+    op = "additive_attention_with_lse"
+    score = "additive"
+    problems: ClassVar = [BY_NAME[name] for name in [*FEW, *SCORES, "long mask"]]
+
+
+class TestLeakyRelu(ActivationTester):
+    extra: ClassVar = {"activation": "leaky_relu"}
+
+    def plain(self, implementation, dtype=torch.float64):
+        arguments = self.arguments(BY_NAME["plain"], dtype, "cpu")
+        skip_unless_supported(self, arguments, implementation)
+        return arguments
+
+    @pytest.mark.parametrize("slope", [-0.5, 0.0, 1.0, 3.0])
+    def test_any_slope(self, slope, implementation):
+        arguments = self.plain(implementation) | {"negative_slope": slope}
+        tensors, join = self.split(arguments)
+        inputs = [x.requires_grad_() for x in tensors]
+        with forced(implementation):
+            got = self.results(join(inputs))
+        want = self.results(join(inputs), lambda a: self.reference(a, None))
+        torch.testing.assert_close(got, want)
+
+    def test_derivative_at_0(self, implementation):
+        """The slope, as in PyTorch."""
+        self.plain(implementation)
+        weight = torch.tensor([3.0, -2.0])
+        query = torch.tensor([[[[1.0, -4.0]]]], requires_grad=True)
+        key = torch.tensor([[[[-1.0, 4.0], [7.0, 8.0]]]])
+        value = torch.tensor([[[[1.0], [0.0]]]])
+        for activation, slope in (("leaky_relu", 0.2), ("relu", 0.0)):
+            with forced(implementation):
+                out = torch_selfattn.additive_attention(
+                    query, key, value, weight, activation=activation
+                )
+                (grad,) = torch.autograd.grad(out.sum(), query)
+            p = 1 / (1 + math.exp(3 * 8 - 2 * 4))  # of the first key, whose sums are 0
+            want = p * (1 - p) * (slope - 1) * weight
+            torch.testing.assert_close(grad.flatten(), want)
+
+    def test_large_sums_cancel(self, implementation):
+        """q + k is added up first: sums over w q and w k apart would keep no digit."""
+        arguments = self.plain(implementation, torch.float32)
+        coarse = {name: arguments[name].mul(8).round() / 8 for name in ("query", "key")}
+        large = torch.full((3,), 2.0**20)
+        moved = {"query": coarse["query"] + large, "key": coarse["key"] - large}
+        with forced(implementation):
+            want = self.call(arguments | coarse)
+            got = self.call(arguments | moved)
+        torch.testing.assert_close(got, want)
+
+
+class TestRelu(ActivationTester):
+    extra: ClassVar = {"activation": "relu"}
+    problems: ClassVar = [
+        BY_NAME[name] for name in [*FEW, "odd sizes", "long mask", "slopes per sample"]
+    ]
+
+
+class TestSteepLeakyRelu(ActivationTester):
+    """A slope above 1, where the line below 0 is the lower one."""
+
+    extra: ClassVar = {"activation": "leaky_relu", "negative_slope": 1.5}
+    problems: ClassVar = TestRelu.problems
+
+
+def test_old_scripted_calls_still_load():
+    """The arguments came later than the operator: they stand at the end and have defaults."""
+    schema = torch.ops.torch_selfattn.additive_attention.default._schema
+    assert [a.name for a in schema.arguments[-2:]] == ["activation", "negative_slope"]
+    assert [a.default_value for a in schema.arguments[-2:]] == ["tanh", 0.2]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from attention_problems import PROBLEMS, Mask, Problem, reference_of
+from attention_problems import FEW, PROBLEMS, SCORES, Mask, Problem, reference_of
 from compiler_tester import CompilerTester
 from operator_tester import OPS, Arguments
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 class WeightsTester(CompilerTester):
     op = "attention_weights"
     score: ClassVar[str]
+    extra: ClassVar[Arguments] = {}  # arguments of every call
     # The value decides nothing here: only heads and batches that query and key have.
     problems: ClassVar[list[Problem]] = [
         replace(p, value=p.key)
@@ -32,7 +33,7 @@ class WeightsTester(CompilerTester):
     ]
 
     def arguments(self, problem: Problem, dtype: torch.dtype, device: str) -> Arguments:
-        arguments = problem.arguments(self.score, dtype, device)
+        arguments = problem.arguments(self.score, dtype, device) | self.extra
         del arguments["value"]
         if problem.name in self.averaged:
             arguments["average_heads"] = True
@@ -146,6 +147,14 @@ class TestAdditiveWeights(WeightsTester):
     score = "additive"
 
 
+class TestLeakyReluWeights(WeightsTester):
+    score = "additive"
+    extra: ClassVar[Arguments] = {"activation": "leaky_relu", "negative_slope": 0.1}
+    problems: ClassVar[list[Problem]] = [
+        p for p in WeightsTester.problems if p.name in (*FEW, *SCORES, *WeightsTester.averaged)
+    ]
+
+
 def inputs(queries: int = 1, heads: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return (
@@ -250,7 +259,7 @@ def test_inner_operator_checks_its_indices():
     arguments = (query, key, None, None, None, None, None, None)
     for indices in (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="query_indices must"):
-            OPS._attention_weights_forward(*arguments, indices, None, 0, 0, 0, False)
+            OPS._attention_weights_forward(*arguments, indices, None, None, 0, 0, 0, False)
 
 
 def test_vmap_over_rows():

@@ -91,7 +91,8 @@ CASES = {
     "self_attention": Case(lambda: nn.SelfAttention(8), lambda m, i: m(i["x"])),
     "self_attention_options": Case(
         lambda: nn.SelfAttention(
-            8, "additive", 5, 3, False, 0.5, True, (2, 1), scale=0.7, alibi=True
+            8, "additive", 5, 3, False, 0.5, True, (2, 1), scale=0.7, alibi=True,
+            activation="leaky_relu", negative_slope=0.3,
         ),
         lambda m, i: m(i["x"], i["score_mask"], i["lengths"], True),
     ),
@@ -99,7 +100,7 @@ CASES = {
         lambda: nn.AdditiveAttention(8, 3, 5), lambda m, i: m(i["x"], i["memory3"])
     ),
     "additive_attention_options": Case(
-        lambda: nn.AdditiveAttention(8, 3, 5, False, 0.5),
+        lambda: nn.AdditiveAttention(8, 3, 5, False, 0.5, activation="relu"),
         lambda m, i: m(i["x"], i["memory3"], i["memory"], None, i["memory_lengths"], True),
     ),
     "multi_head_attention": Case(
@@ -126,7 +127,7 @@ CASES = {
     "multi_head_attention_options": Case(
         lambda: nn.MultiHeadAttention(
             8, H, bias=False, batch_first=True, score="additive", num_kv_heads=1, window=(4, 3),
-            rotary=rotary(),
+            rotary=rotary(), activation="leaky_relu",
         ),
         lambda m, i: m(
             i["x"], i["x"], i["x"], i["padding"], True, i["causal"], True, False, None,

@@ -234,6 +234,24 @@ WRONG = {
         "window_right must be -1 (open) or more (got window_right=-3)",
         {"window_right": -3},
     ),
+    "activation": Wrong(
+        ValueError,
+        "activation must be tanh, leaky_relu or relu (got activation=gelu)",
+        {"activation": "gelu"},
+        (ADDITIVE, WEIGHTS, MULTI),
+    ),
+    "activation of a dot product": Wrong(
+        ValueError,
+        "activation belongs to the additive score, which needs a weight (got activation=relu)",
+        {"activation": "relu"},
+        (WEIGHTS, MULTI),
+    ),
+    "negative_slope": Wrong(
+        ValueError,
+        "negative_slope must be finite (got negative_slope=inf)",
+        {"activation": "leaky_relu", "negative_slope": float("inf")},
+        (ADDITIVE,),
+    ),
     "weight columns": Wrong(
         RuntimeError,
         f"weight must have as many columns as query (got {Q}, weight=[7])",
@@ -430,7 +448,8 @@ def inner(**changes: Any) -> tuple[list[Any], list[Any]]:
         "query": zeros(2, 4, 3, 8), "key": zeros(2, 2, 5, 8), "value": zeros(2, 2, 5, 6),
         "weight": zeros(1, 4, 8), "attn_mask": zeros(1, 1, 3, 5), "key_lengths": index(1, 2),
         "key_starts": None, "query_offsets": None, "alibi_slopes": zeros(1, 4), "scale": None,
-        "dropout_p": 0.0, "window_left": -1, "window_right": -1, "query_offset": 0,
+        "negative_slope": None, "dropout_p": 0.0, "window_left": -1, "window_right": -1,
+        "query_offset": 0,
     }  # fmt: skip
     b: dict[str, Any] = {
         "grad_output": zeros(2, 4, 3, 6), "grad_lse": zeros(2, 4, 3), "output": zeros(2, 4, 3, 6),

@@ -429,7 +429,7 @@ def test_flops_of_packed_attention_are_those_of_its_parts():
 
 def test_inner_operators_check_their_columns():
     packed = torch.zeros(1, 3, 10)
-    rest = (*[None] * 7, 4, 2, None, 0.0, -1, -1, 0)
+    rest = (*[None] * 7, 4, 2, None, None, 0.0, -1, -1, 0)
     with pytest.raises(RuntimeError, match="packed projection must have columns for all heads"):
         OPS._packed_attention_forward(packed, *rest)
 

@@ -95,7 +95,7 @@ def test_backward_operator(name: str, mask_batch: int, weight_rank: int) -> None
             made["query"], made["key"], made["value"], weight, made["attn_mask"],
             made["key_lengths"], None, None, slopes[None] if mask_batch == 1 else slopes,
         )  # fmt: skip
-        numbers = (None, 0.0, -1, -1, 0)
+        numbers = (None, None, 0.0, -1, -1, 0)
         saved = torch.ops.torch_selfattn._attention_forward(*tensors, *numbers)
         return torch.ops.torch_selfattn._attention_backward(
             grad, None, *tensors, *saved, *numbers, True, True
@@ -246,7 +246,7 @@ def test_backward_operator_regenerates_the_dropout_of_its_forward(how: str) -> N
     the gradient of the value."""
     query = torch.zeros(V, B, H, L, E, dtype=torch.float64)
     value = torch.eye(L, dtype=torch.float64).expand(V, B, H, L, L)
-    numbers = (None, 0.5, -1, -1, 0)
+    numbers = (None, None, 0.5, -1, -1, 0)
     forward = torch.ops.torch_selfattn._attention_forward
     backward = torch.ops.torch_selfattn._attention_backward
     grad = torch.eye(L, dtype=torch.float64).expand(V, B, H, L, L)

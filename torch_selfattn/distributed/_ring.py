@@ -225,7 +225,7 @@ class _RingAttention(torch.autograd.Function):
                 grads = _backward_op(
                     q.of(grad_output), None, q.of(query), *(k.of(x) for x in travelling), weight,
                     None, _within(key_lengths, k), _within(key_starts, k), None, slopes,
-                    q.of(output), q.of(lse).contiguous(), philox_state, options.scale, 0.0,
+                    q.of(output), q.of(lse).contiguous(), philox_state, options.scale, None, 0.0,
                     options.window_left, options.window_right, q.start - k.start, False,
                     slopes is not None,
                 )  # fmt: skip
@@ -326,7 +326,8 @@ def ring_attention(
         key: (B, Hk, Lk, E), its keys. The pieces of different processes may have different lengths
             (``order="contiguous"``), also 0, and Lq may differ from Lk.
         value: (B, Hk, Lk, Ev).
-        weight: (E) or (H, E) for the additive score, the same on all processes.
+        weight: (E) or (H, E) for the additive score, the same on all processes; its activation is
+            tanh.
         group: the processes; None is all of them.
         is_causal: a query attends to keys at its own position of the whole sequence or before.
         scale, enable_gqa: as in :mod:`torch_selfattn.functional`.

@@ -159,7 +159,7 @@ class _DividedHeads(MultiHeadAttention):
                 self.score_weight, self.num_kv_heads, attn_mask,
                 self.dropout if self.training else 0.0, False, self.scale, key_lengths, key_starts,
                 self.window_left, self._window_right(is_causal), query_offset, query_offsets,
-                self._alibi_slopes(),
+                self._alibi_slopes(), self.activation, self.negative_slope,
             )  # fmt: skip
         # As the out-projection would: the bias once, after the sum.
         output: Any = DTensor.from_local(part, self._mesh, [Partial()], run_check=False)

@@ -16,9 +16,29 @@ def check_score(module: str, score: str) -> None:
         raise ValueError(f"{module}: score must be 'dot' or 'additive' (got score={score!r})")
 
 
+def check_activation(module: str, score: str, activation: str) -> None:
+    if activation not in ("tanh", "leaky_relu", "relu"):
+        raise ValueError(
+            f"{module}: activation must be 'tanh', 'leaky_relu' or 'relu' "
+            f"(got activation={activation!r})"
+        )
+    if score == "dot" and activation != "tanh":
+        raise ValueError(
+            f"{module}: activation belongs to the additive score "
+            f"(got score={score!r}, activation={activation!r})"
+        )
+
+
 def check_dropout(module: str, dropout: float) -> None:
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{module}: dropout must be between 0 and 1 (got dropout={dropout})")
+
+
+def activation_repr(activation: str, negative_slope: float) -> str:
+    if activation == "tanh":
+        return ""
+    slope = f", negative_slope={negative_slope:g}" if activation == "leaky_relu" else ""
+    return f", activation={activation!r}{slope}"
 
 
 def init_score_weight(score_weight: Tensor) -> None:
@@ -53,6 +73,8 @@ class SelfAttention(nn.Module):
         scale: factor of the score; None: 1 / sqrt(key_dim) for the dot product, 1 for the additive.
         alibi: lowers the score by the distance of two positions times the slope of
             ``torch_selfattn.alibi_slopes(1)``, 1/256.
+        activation, negative_slope: of the additive score, in the place of tanh, see
+            :func:`torch_selfattn.additive_attention`.
 
     Sources: Vaswani et al., 2017 (dot product); Bahdanau et al., 2015 (additive); Press et al.,
     2022 (ALiBi).
@@ -74,12 +96,17 @@ class SelfAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         alibi: bool = False,
+        activation: str = "tanh",
+        negative_slope: float = 0.2,
     ) -> None:
         super().__init__()
         check_score("SelfAttention", score)
+        check_activation("SelfAttention", score, activation)
         check_dropout("SelfAttention", dropout)
         self.embed_dim = embed_dim
         self.score = score
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
         self.key_dim = embed_dim if key_dim is None else key_dim
         self.value_dim = embed_dim if value_dim is None else value_dim
         self.dropout = float(dropout)
@@ -139,19 +166,22 @@ class SelfAttention(nn.Module):
             output = additive_attention(
                 query, key, value, score_weight, attn_mask, dropout_p, scale=self.scale,
                 key_lengths=key_lengths, window_left=self.window_left,
-                window_right=self.window_right, alibi_slopes=slopes,
+                window_right=self.window_right, alibi_slopes=slopes, activation=self.activation,
+                negative_slope=self.negative_slope,
             )  # fmt: skip
         weights: Tensor | None = None
         if need_weights:
             weights = attention_weights(
                 query, key, score_weight, attn_mask=attn_mask, scale=self.scale,
                 key_lengths=key_lengths, window_left=self.window_left,
-                window_right=self.window_right, alibi_slopes=slopes,
+                window_right=self.window_right, alibi_slopes=slopes, activation=self.activation,
+                negative_slope=self.negative_slope,
             )  # fmt: skip
         return output, weights
 
     def extra_repr(self) -> str:
         text = f"score={self.score!r}, dropout={self.dropout:g}"
+        text += activation_repr(self.activation, self.negative_slope)
         if self.is_causal:
             text += ", is_causal=True"
         if self.window_left >= 0 or self.window_right > 0:
@@ -178,9 +208,12 @@ class AdditiveAttention(nn.Module):
         hidden_dim: size of the hidden layer.
         bias: whether the hidden layer has one.
         dropout: probability of dropping an attention weight in training.
+        activation, negative_slope: of the hidden layer, in the place of tanh, see
+            :func:`torch_selfattn.additive_attention`. ``"leaky_relu"`` is the score of GATv2.
 
-    Source: Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and
-    translate", ICLR 2015.
+    Sources: Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and
+    translate", ICLR 2015; Brody, Alon and Yahav, "How attentive are graph attention networks?",
+    ICLR 2022.
     """
 
     def __init__(
@@ -192,12 +225,17 @@ class AdditiveAttention(nn.Module):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activation: str = "tanh",
+        negative_slope: float = 0.2,
     ) -> None:
         super().__init__()
+        check_activation("AdditiveAttention", "additive", activation)
         check_dropout("AdditiveAttention", dropout)
         self.query_dim = query_dim
         self.key_dim = key_dim
         self.hidden_dim = hidden_dim
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
         self.dropout = float(dropout)
         self.q_proj = nn.Linear(query_dim, hidden_dim, bias, device, dtype)
         self.k_proj = nn.Linear(key_dim, hidden_dim, False, device, dtype)
@@ -231,12 +269,14 @@ class AdditiveAttention(nn.Module):
         context = additive_attention(
             hidden, projected_key, value, self.score_weight, attn_mask,
             self.dropout if self.training else 0.0, key_lengths=key_lengths,
+            activation=self.activation, negative_slope=self.negative_slope,
         )  # fmt: skip
         weights: Tensor | None = None
         if need_weights:
             weights = attention_weights(
                 hidden, projected_key, self.score_weight, attn_mask=attn_mask,
-                key_lengths=key_lengths,
+                key_lengths=key_lengths, activation=self.activation,
+                negative_slope=self.negative_slope,
             )  # fmt: skip
         return context, weights
 
@@ -262,4 +302,4 @@ class AdditiveAttention(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"dropout={self.dropout:g}"
+        return f"dropout={self.dropout:g}" + activation_repr(self.activation, self.negative_slope)

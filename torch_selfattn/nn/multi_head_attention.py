@@ -14,7 +14,13 @@ from ..functional import (
 )
 from ._masks import check_inputs, merge_masks, window_mask
 from ._nested import NestedInputs
-from .attention import check_dropout, check_score, init_score_weight
+from .attention import (
+    activation_repr,
+    check_activation,
+    check_dropout,
+    check_score,
+    init_score_weight,
+)
 from .positional import AlibiSlopes, RotaryEmbedding
 
 __all__ = ["MultiHeadAttention"]
@@ -65,6 +71,8 @@ class MultiHeadAttention(nn.Module):
         alibi: lowers the score by the distance of query and key times a slope of the head, those of
             :func:`torch_selfattn.alibi_slopes`. Not with add_bias_kv and add_zero_attn, whose keys
             stand nowhere.
+        activation, negative_slope: of the additive score, in the place of tanh, see
+            :func:`torch_selfattn.additive_attention`.
 
     Sources: Vaswani et al., 2017; Bahdanau et al., 2015 (additive score); Ainslie et al., 2023
     (grouped heads); Su et al., 2021 (rotary); Beltagy et al., 2020 (window); Press et al., 2022
@@ -103,10 +111,13 @@ class MultiHeadAttention(nn.Module):
         rotary: RotaryEmbedding | None = None,
         scale: float | None = None,
         alibi: bool = False,
+        activation: str = "tanh",
+        negative_slope: float = 0.2,
     ) -> None:
         super().__init__()
         name = "MultiHeadAttention"
         check_score(name, score)
+        check_activation(name, score, activation)
         check_dropout(name, dropout)
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
@@ -145,6 +156,8 @@ class MultiHeadAttention(nn.Module):
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
         self.score = score
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
         self.window_left = int(window[0])
         self.window_right = int(window[1])
         self.rotary = rotary
@@ -331,7 +344,7 @@ class MultiHeadAttention(nn.Module):
             out = additive_attention(
                 query, key, value, score_weight, attn_mask, dropout_p, False, self.scale, True,
                 key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-                slopes,
+                slopes, self.activation, self.negative_slope,
             )  # fmt: skip
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights: Tensor | None = None
@@ -339,8 +352,7 @@ class MultiHeadAttention(nn.Module):
             weights = attention_weights(
                 query, key, score_weight, None, None, attn_mask, False, self.scale, True,
                 key_lengths, key_starts, window_left, window_right, query_offset, query_offsets,
-                slopes,
-                average_weights,
+                slopes, average_weights, self.activation, self.negative_slope,
             )  # fmt: skip
         return out, weights
 
@@ -371,7 +383,7 @@ class MultiHeadAttention(nn.Module):
             self.out_proj.weight, self.out_proj.bias, self.score_weight, self.num_kv_heads,
             attn_mask, self.dropout if self.training else 0.0, False, self.scale, key_lengths,
             key_starts, self.window_left, self._window_right(is_causal), query_offset,
-            query_offsets, self._alibi_slopes(),
+            query_offsets, self._alibi_slopes(), self.activation, self.negative_slope,
         )  # fmt: skip
 
     def _window_right(self, is_causal: bool) -> int:
@@ -541,6 +553,7 @@ class MultiHeadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.num_heads}, score={self.score!r}"
+        text += activation_repr(self.activation, self.negative_slope)
         if self.num_kv_heads != self.num_heads:
             text += f", num_kv_heads={self.num_kv_heads}"
         if self.window_left >= 0 or self.window_right >= 0:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -47,8 +48,10 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> dot_product_attention_with
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
-// Score scale * sum_d weight[h, d] * tanh(query[i, d] + key[j, d]), scale 1 by default;
-// weight (E) or (H, E), with gradient. (Bahdanau et al., 2015.)
+// Score scale * sum_d weight[h, d] * f(query[i, d] + key[j, d]), scale 1 by default;
+// weight (E) or (H, E), with gradient. activation: f is "tanh" (Bahdanau et al., 2015), "relu", or
+// "leaky_relu", x where x > 0 and negative_slope * x elsewhere (GATv2: Brody et al., 2022); the
+// others do not read negative_slope.
 TORCH_SELFATTN_API at::Tensor additive_attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& weight, const std::optional<at::Tensor>& attn_mask = std::nullopt,
@@ -57,7 +60,8 @@ TORCH_SELFATTN_API at::Tensor additive_attention(
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+    std::string_view activation = "tanh", double negative_slope = 0.2);
 
 TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_lse(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -67,7 +71,8 @@ TORCH_SELFATTN_API std::tuple<at::Tensor, at::Tensor> additive_attention_with_ls
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+    std::string_view activation = "tanh", double negative_slope = 0.2);
 
 // Chosen rows of the weight matrix softmax(...), without forming the others: (..., heads, rows,
 // Lk), or, with average_heads, their mean over the heads (..., rows, Lk), without forming those of
@@ -84,7 +89,8 @@ TORCH_SELFATTN_API at::Tensor attention_weights(
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt, bool average_heads = false);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt, bool average_heads = false,
+    std::string_view activation = "tanh", double negative_slope = 0.2);
 
 // In-projection, attention, out-projection.
 //   query (B, Lq, Dq), key (B, Lk, Dk), value (B, Lk, Dv), or without B -> (B, Lq, Do)
@@ -104,7 +110,8 @@ TORCH_SELFATTN_API at::Tensor multi_head_attention(
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+    std::string_view activation = "tanh", double negative_slope = 0.2);
 
 // Which implementation runs this call and why the ones before it in the list do not, as text.
 TORCH_SELFATTN_API std::string explain(
@@ -116,7 +123,8 @@ TORCH_SELFATTN_API std::string explain(
     const std::optional<at::Tensor>& key_starts = std::nullopt, c10::SymInt window_left = -1,
     c10::SymInt window_right = -1, c10::SymInt query_offset = 0,
     const std::optional<at::Tensor>& query_offsets = std::nullopt,
-    const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+    std::string_view activation = "tanh", double negative_slope = 0.2);
 
 // The implementation that every attention call of the process must use; empty: the best one.
 TORCH_SELFATTN_API std::string forced_implementation();

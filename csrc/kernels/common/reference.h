@@ -23,7 +23,7 @@
 //   g_ij = p_ij (f_ij dP_ij - delta_i + grad_lse_i)     gradient of s_ij; f = dropout factor
 //   dv_j = sum_i p_ij f_ij dO_i,  dmask_ij = g_ij,  dslope = -sum_ij g_ij |position(i) - j|
 //   dq_i = scale sum_j g_ij k_j,  dk_j = scale sum_i g_ij q_i                       (dot product)
-//   dq_id = scale sum_j g_ij w_d (1 - t^2), dk alike, dw_d = scale sum_ij g_ij t      (additive)
+//   dq_id = scale sum_j g_ij w_d f'(x), dk alike, dw_d = scale sum_ij g_ij f(x)       (additive)
 namespace torch_selfattn::kernels::reference {
 
 inline double load(DType dtype, const void* data, std::int64_t index) {
@@ -65,6 +65,16 @@ inline std::int64_t contiguous_mask_index(const AttentionProblem& p, std::int64_
     result = result * p.mask_size[dim] + (p.mask_size[dim] == 1 ? 0 : index[dim]);
   }
   return result;
+}
+
+// The activation f of the additive score and its derivative.
+inline double activate(const AttentionProblem& p, double x) {
+  if (p.activation == Activation::kTanh) return std::tanh(x);
+  return x > 0.0 ? x : p.negative_slope * x;
+}
+inline double activation_slope(const AttentionProblem& p, double x) {
+  if (p.activation == Activation::kTanh) return 1.0 - std::tanh(x) * std::tanh(x);
+  return x > 0.0 ? 1.0 : p.negative_slope;
 }
 
 // |position(i) - j|, what ALiBi multiplies the slope by.
@@ -114,7 +124,8 @@ struct Row {
         if (p.score == ScoreKind::kDotProduct) {
           score += q_d * k_d;
         } else {
-          score += load(p.dtype, p.weight, w + d * p.weight_stride[2]) * std::tanh(q_d + k_d);
+          const double w_d = load(p.dtype, p.weight, w + d * p.weight_stride[2]);
+          score += w_d * activate(p, q_d + k_d);
         }
       }
       const double limit = max_score(p);
@@ -343,11 +354,10 @@ inline void backward(const AttentionBackward& call, const Parallel& /*parallel*/
               dk[d] += p.scale * g * q_d;
             } else {
               const double w_d = load(p.dtype, p.weight, w + d * p.weight_stride[2]);
-              const double t = std::tanh(q_d + k_d);
-              const double slope = p.scale * g * w_d * (1.0 - t * t);
+              const double slope = p.scale * g * w_d * activation_slope(p, q_d + k_d);
               dq[d] += slope;
               dk[d] += slope;
-              gradients.weight_row(b, h)[d] += p.scale * g * t;
+              gradients.weight_row(b, h)[d] += p.scale * g * activate(p, q_d + k_d);
             }
           }
         }

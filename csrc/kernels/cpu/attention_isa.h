@@ -3,6 +3,7 @@
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/leaky_relu.h"
 
 // Entry points of one instruction set: the type that is computed in, the score, and how keys are
 // read.
@@ -11,7 +12,11 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 template <typename T>
 inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
   if (call.problem.score == ScoreKind::kAdditive) {
-    ForwardKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
+    if (call.problem.activation == Activation::kTanh) {
+      ForwardKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
+    } else {
+      ForwardKernel<LeakyReluScore<Elements<T>>>(call, parallel).run();
+    }
   } else if (has_few_queries(call.problem)) {
     ForwardKernel<DotScoreInPlace<T>>(call, parallel).run();
   } else {
@@ -37,18 +42,22 @@ inline void forward(const AttentionForward& call, const Parallel& parallel) {
   }
 }
 
-inline void backward(const AttentionBackward& call, const Parallel& parallel) {
-  const bool additive = call.problem.score == ScoreKind::kAdditive;
-  if (call.problem.compute_in_double()) {
-    if (additive) {
-      BackwardKernel<AdditiveGradient<Elements<double>>>(call, parallel).run();
-    } else {
-      BackwardKernel<DotGradient<Elements<double>>>(call, parallel).run();
-    }
-  } else if (additive) {
-    BackwardKernel<AdditiveGradient<Elements<float>>>(call, parallel).run();
+template <typename T>
+inline void backward_in(const AttentionBackward& call, const Parallel& parallel) {
+  if (call.problem.score == ScoreKind::kDotProduct) {
+    BackwardKernel<DotGradient<Elements<T>>>(call, parallel).run();
+  } else if (call.problem.activation == Activation::kTanh) {
+    BackwardKernel<AdditiveGradient<Elements<T>>>(call, parallel).run();
   } else {
-    BackwardKernel<DotGradient<Elements<float>>>(call, parallel).run();
+    BackwardKernel<LeakyReluGradient<Elements<T>>>(call, parallel).run();
+  }
+}
+
+inline void backward(const AttentionBackward& call, const Parallel& parallel) {
+  if (call.problem.compute_in_double()) {
+    backward_in<double>(call, parallel);
+  } else {
+    backward_in<float>(call, parallel);
   }
 }
 

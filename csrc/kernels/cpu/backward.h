@@ -350,6 +350,7 @@ class BackwardKernel {
         if (k.slope_sums_ != nullptr) slope_sum(b, h) = 0.0;
       }
       Vec<T> check{};
+      bool finite = true;
       Gradient gradient(p, buffer.constants, buffer.spare, buffer.gradient);
       for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
         const std::int64_t first = n * k.block_keys_;
@@ -408,9 +409,9 @@ class BackwardKernel {
             write_row(k.call_.grad_query, b, h, i, p.head_dim, row);
           }
         }
-        finish_weight(gradient, b, h);
+        finite = finish_weight(gradient, b, h) && finite;
       }
-      return sum_lanes<T>(check) == T(0);
+      return finite && sum_lanes<T>(check) == T(0);
     }
 
     // Where sums over rows for a block of keys are made: rows[keys][width], or the transpose of it.
@@ -448,15 +449,18 @@ class BackwardKernel {
         buffer.factors[d] = d < k.p_.head_dim ? gradient.factor_of_sums(d) : T(0);
       }
     }
-    // The sums become this group's part of dw of the head.
-    void finish_weight(const Gradient& gradient, std::int64_t b, std::int64_t h) const {
+    // The sums become this group's part of dw of the head. False if one of them is not finite.
+    bool finish_weight(const Gradient& gradient, std::int64_t b, std::int64_t h) const {
+      double check = 0.0;
       if constexpr (Gradient::kHasWeight) {
         double* const sums = weight_sums(b, h);
         const double total = sums[k.query_width_];
         for (std::int64_t d = 0; d < k.p_.head_dim; ++d) {
-          sums[d] = gradient.weight_factor(d) * (total - 2.0 * sums[d]);
+          sums[d] = gradient.weight_gradient(d, total, sums[d]);
+          check += sums[d] - sums[d];
         }
       }
+      return check == 0.0;
     }
     void write_row(const View& view, std::int64_t b, std::int64_t h, std::int64_t l, std::int64_t n,
                    const T* from) const {

@@ -29,7 +29,9 @@ inline double exact_score(const AttentionProblem& p, std::int64_t b, std::int64_
       sum += q_d * k_d;
     } else {
       const double w_d = load_element<T>(p.dtype, p.weight, w + d * p.weight_stride[2]);
-      sum += w_d * __builtin_tanh(q_d + k_d);
+      const double x = q_d + k_d;
+      const bool is_tanh = p.activation == Activation::kTanh;
+      sum += w_d * (is_tanh ? __builtin_tanh(x) : (x > 0.0 ? x : p.negative_slope * x));
     }
   }
   constexpr double limit = Math<T>::max_score;

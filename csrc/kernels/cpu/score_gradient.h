@@ -225,29 +225,15 @@ TSA_INLINE Vec<T> one_plus(Vec<T> a, Vec<T> b) {
   }
 }
 
-// kRows queries against all keys of the tile for kLanes elements. Returns sum G r.
-template <typename T, int kRows, Join join, Zeros zeros>
-[[gnu::noinline]] Vec<T> additive_sweep(const T* __restrict a, const T* __restrict b,
-                                        std::int64_t width, std::int64_t begin, std::int64_t end,
-                                        const T* __restrict gradient, std::int64_t ld,
-                                        T* __restrict grad_query, std::int64_t grad_query_ld,
-                                        T* __restrict grad_key) {
-  Vec<T> a_i[kRows], dq[kRows];
+template <typename T, Join join>
+struct TanhSlope {
+  // h = g r, y = g (r - r^2), of queries a and one key b.
+  template <int kRows>
+  TSA_INLINE void operator()(const Vec<T> (&a)[kRows], Vec<T> b, const Vec<T> (&g)[kRows],
+                             Vec<T> (&h)[kRows], Vec<T> (&y)[kRows]) const {
+    Vec<T> x[kRows], r[kRows];
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    a_i[i] = load(a + i * width);
-    dq[i] = load(grad_query + i * grad_query_ld);
-  }
-  Vec<T> weighted{};
-  for (std::int64_t j = begin; j < end; ++j) {
-    if constexpr (zeros == Zeros::kSkip) {
-      static_assert(kRows == 1);
-      if (gradient[j] == T(0)) continue;
-    }
-    const Vec<T> b_j = load(b + j * width);
-    Vec<T> x[kRows], r[kRows], h[kRows], y[kRows];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = one_plus<T, join>(a_i[i], b_j);
+    for (int i = 0; i < kRows; ++i) x[i] = one_plus<T, join>(a[i], b);
     if constexpr (kRows == 4) {
 #pragma GCC unroll 2
       for (int i = 0; i < 4; i += 2) {
@@ -260,10 +246,38 @@ template <typename T, int kRows, Join join, Zeros zeros>
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      h[i] = splat(gradient[i * ld + j]) * r[i];
+      h[i] = g[i] * r[i];
       y[i] = fnma(h[i], r[i], h[i]);
-      dq[i] += y[i];
     }
+  }
+};
+
+// kRows queries against all keys of the tile for kLanes elements: adds up y of `slope` over keys
+// and over queries. Returns the sum of h.
+template <typename T, int kRows, Zeros zeros, typename Slope>
+[[gnu::noinline]] Vec<T> sweep_rows(Slope slope, const T* __restrict a, std::int64_t a_ld,
+                                    const T* __restrict b, std::int64_t width, std::int64_t begin,
+                                    std::int64_t end, const T* __restrict gradient, std::int64_t ld,
+                                    T* __restrict grad_query, std::int64_t grad_query_ld,
+                                    T* __restrict grad_key) {
+  Vec<T> a_i[kRows], dq[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    a_i[i] = load(a + i * a_ld);
+    dq[i] = load(grad_query + i * grad_query_ld);
+  }
+  Vec<T> weighted{};
+  for (std::int64_t j = begin; j < end; ++j) {
+    if constexpr (zeros == Zeros::kSkip) {
+      static_assert(kRows == 1);
+      if (gradient[j] == T(0)) continue;
+    }
+    Vec<T> g[kRows], h[kRows], y[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) g[i] = splat(gradient[i * ld + j]);
+    slope(a_i, load(b + j * width), g, h, y);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) dq[i] += y[i];
     T* const dk = grad_key + j * width;
     if constexpr (kRows == 4) {
       weighted += (h[0] + h[1]) + (h[2] + h[3]);
@@ -276,6 +290,46 @@ template <typename T, int kRows, Join join, Zeros zeros>
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) store(grad_query + i * grad_query_ld, dq[i]);
   return weighted;
+}
+
+// The whole tile: queries [rows][query_ld] and keys [keys][width] as `slope` takes them. The sums
+// of h are added to weight_sums[width].
+template <int kGroupRows, typename T, typename Slope>
+inline void sweep_tile(const GradientTile<T>& tile, const T* query, std::int64_t query_ld,
+                       const T* key, std::int64_t width, const Slope& slope, double* weight_sums) {
+  static_assert(kGroupRows == 4);
+  const TileRanges<T>& ranges = *tile.ranges;
+  for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+    Vec<T> sum{};
+    for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
+      const std::int64_t rows = smaller<std::int64_t>(kGroupRows, tile.rows - r);
+      for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
+        if (rows == kGroupRows && tile.zeros == Zeros::kMultiply) {
+          sum += sweep_rows<T, kGroupRows, Zeros::kMultiply>(
+              slope, query + r * query_ld + d, query_ld, key + d, width, s.begin, s.end,
+              tile.gradient + r * tile.ld, tile.ld, tile.grad_query + r * tile.grad_query_ld + d,
+              tile.grad_query_ld, tile.grad_key + d);
+          continue;
+        }
+        Vec<T> of_rows{};
+        for (std::int64_t i = r; i < r + rows; ++i) {
+          of_rows += sweep_rows<T, 1, Zeros::kSkip>(
+              slope, query + i * query_ld + d, query_ld, key + d, width, s.begin, s.end,
+              tile.gradient + i * tile.ld, tile.ld, tile.grad_query + i * tile.grad_query_ld + d,
+              tile.grad_query_ld, tile.grad_key + d);
+        }
+        sum += of_rows;
+      }
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
+  }
+}
+
+// w_d of a head.
+template <typename T>
+inline double weight_of(const AttentionProblem& p, std::int64_t b, std::int64_t h, std::int64_t d) {
+  return load_element<T>(p.dtype, p.weight,
+                         b * p.weight_stride[0] + h * p.weight_stride[1] + d * p.weight_stride[2]);
 }
 
 template <typename OperandT>
@@ -337,32 +391,20 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
     for (std::int64_t u = 0; u < tile.keys; u += kPanel<T>) {
       bound = larger(bound, bounds[u / kPanel<T>]);
     }
-    const bool product = bound <= Math<T>::max_exponent_argument;
-    for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
-      Vec<T> sum{};
-      for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
-        const TileRanges<T>& ranges = *tile.ranges;
-        const std::int64_t rows = smaller<std::int64_t>(kGroupRows, tile.rows - r);
-        for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
-          if (product) {
-            sum += sweep<Join::kProduct>(tile, query_, key_, r, rows, s, d);
-          } else {
-            sum += sweep<Join::kSum>(tile, raw_query_, raw_key_, r, rows, s, d);
-          }
-        }
-      }
-      for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
+    if (bound <= Math<T>::max_exponent_argument) {
+      sweep_tile<kGroupRows>(tile, query_, width_, key_, width_, TanhSlope<T, Join::kProduct>{},
+                             weight_sums);
+    } else {
+      sweep_tile<kGroupRows>(tile, raw_query_, width_, raw_key_, width_, TanhSlope<T, Join::kSum>{},
+                             weight_sums);
     }
   }
 
   T factor_of_sums(std::int64_t d) const {
-    const double w = load_element<T>(
-        p_.dtype, p_.weight,
-        b_ * p_.weight_stride[0] + h_ * p_.weight_stride[1] + d * p_.weight_stride[2]);
-    return static_cast<T>(4.0 * p_.scale * w);
+    return static_cast<T>(4.0 * p_.scale * weight_of<T>(p_, b_, h_, d));
   }
-  double weight_factor(std::int64_t d) const {
-    return p_.scale * static_cast<double>(score_.sign()[d]);
+  double weight_gradient(std::int64_t d, double total, double sum) const {
+    return p_.scale * static_cast<double>(score_.sign()[d]) * (total - 2.0 * sum);
   }
 
  private:
@@ -375,25 +417,6 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
         store(features + r * width_ + d, exp_2x(x));
       }
     }
-  }
-
-  template <Join join>
-  Vec<T> sweep(const GradientTile<T>& tile, const T* query, const T* key, std::int64_t r,
-               std::int64_t rows, KeyRange keys, std::int64_t d) const {
-    if (rows == 4 && tile.zeros == Zeros::kMultiply) {
-      return additive_sweep<T, 4, join, Zeros::kMultiply>(
-          query + r * width_ + d, key + d, width_, keys.begin, keys.end,
-          tile.gradient + r * tile.ld, tile.ld, tile.grad_query + r * tile.grad_query_ld + d,
-          tile.grad_query_ld, tile.grad_key + d);
-    }
-    Vec<T> sum{};
-    for (std::int64_t i = r; i < r + rows; ++i) {
-      sum += additive_sweep<T, 1, join, Zeros::kSkip>(
-          query + i * width_ + d, key + d, width_, keys.begin, keys.end,
-          tile.gradient + i * tile.ld, tile.ld, tile.grad_query + i * tile.grad_query_ld + d,
-          tile.grad_query_ld, tile.grad_key + d);
-    }
-    return sum;
   }
 
   const AttentionProblem& p_;

@@ -4,6 +4,7 @@
 
 #include "kernels/common/attention_weights.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/leaky_relu.h"
 #include "kernels/cpu/score.h"
 #include "kernels/cpu/tile.h"
 
@@ -325,19 +326,23 @@ class WeightsKernel {
   std::int64_t threads_ = 0, thread_bytes_ = 0;
 };
 
+template <typename T>
+inline void weights_in(const AttentionWeights& call, const Parallel& parallel) {
+  if (call.problem.score == ScoreKind::kDotProduct) {
+    WeightsKernel<DotScore<Elements<T>>>(call, parallel).run();
+  } else if (call.problem.activation == Activation::kTanh) {
+    WeightsKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
+  } else {
+    WeightsKernel<LeakyReluScore<Elements<T>>>(call, parallel).run();
+  }
+}
+
 // Entry point of one instruction set.
 inline void weights(const AttentionWeights& call, const Parallel& parallel) {
-  const bool additive = call.problem.score == ScoreKind::kAdditive;
   if (call.problem.compute_in_double()) {
-    if (additive) {
-      WeightsKernel<AdditiveScore<Elements<double>>>(call, parallel).run();
-    } else {
-      WeightsKernel<DotScore<Elements<double>>>(call, parallel).run();
-    }
-  } else if (additive) {
-    WeightsKernel<AdditiveScore<Elements<float>>>(call, parallel).run();
+    weights_in<double>(call, parallel);
   } else {
-    WeightsKernel<DotScore<Elements<float>>>(call, parallel).run();
+    weights_in<float>(call, parallel);
   }
 }
 

@@ -3,7 +3,7 @@
 #include "kernels/common/attention_problem.h"
 #include "kernels/cuda/attention_scores.cuh"
 
-// Which instantiation runs a problem: four dtypes by two scores, and no more.
+// Which instantiation runs a problem: four dtypes by three scores, and no more.
 namespace torch_selfattn::kernels::cuda {
 
 template <typename T, typename Score>
@@ -17,8 +17,9 @@ template <typename Body>
 cudaError_t dispatch(const AttentionProblem& p, Body&& body) {
   const auto with_score = [&](auto element) {
     using T = decltype(element);
-    return p.score == ScoreKind::kAdditive ? body(Instance<T, AdditiveScore>())
-                                           : body(Instance<T, DotScore>());
+    if (p.score == ScoreKind::kDotProduct) return body(Instance<T, DotScore>());
+    return p.activation == Activation::kTanh ? body(Instance<T, AdditiveScore>())
+                                             : body(Instance<T, LeakyReluScore>());
   };
   switch (p.dtype) {
     case DType::kFloat64: return with_score(double());

@@ -11,11 +11,12 @@ template <typename T>
 struct Weight {  // of one (batch, head)
   const T* data;
   std::int64_t stride;
+  Accumulator<T> negative_slope;  // of the activation, if that is leaky ReLU
   static __device__ __forceinline__ Weight of(const AttentionProblem& p, std::int64_t batch,
                                               std::int64_t head) {
     return {
         static_cast<const T*>(p.weight) + batch * p.weight_stride[0] + head * p.weight_stride[1],
-        p.weight_stride[2]};
+        p.weight_stride[2], static_cast<Accumulator<T>>(p.negative_slope)};
   }
   __device__ __forceinline__ Accumulator<T> at(std::int64_t d) const {
     return to_acc(data[d * stride]);

@@ -3,7 +3,7 @@
 #include "kernels/cuda/attention_policies.cuh"
 #include "kernels/cuda/attention_tile.cuh"
 
-// The two scores as policies, and what else depends on the tiles of the generic kernels.
+// The scores as policies, and what else depends on the tiles of the generic kernels.
 //
 // A policy has
 //   score_tile           s[row][column] without scale; returns a note for accumulate_gradient
@@ -256,6 +256,122 @@ struct AdditiveScore {
           add_slopes<true, false>(acc, acc_weight, rows, weight, dim, dims, slot, shared);
         } else {
           add_slopes<false, false>(acc, acc_weight, rows, weight, dim, dims, slot, shared);
+        }
+      }
+    }
+  }
+};
+
+// sum_d w_d f(q_d + k_d), f(x) = x where x > 0 and negative_slope x elsewhere. Costs per score and
+// feature: 4 slots of the FMA pipe (sum, product, selection, FMA), in backward 5 or 7.
+struct LeakyReluScore {
+  static constexpr bool kHasWeight = true;
+
+  template <typename Acc>
+  static __device__ __forceinline__ Acc activate(Acc x, Acc negative_slope) {
+    return x > 0 ? x : negative_slope * x;
+  }
+
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ bool score_tile(Acc (&s)[R][R], const Side<T>& rows,
+                                                    const Side<T>& columns, const Weight<T>& weight,
+                                                    std::int64_t dims, const Shared<Acc>& shared) {
+    using Shape = Tile<Acc>;
+    constexpr int kStride = Shape::kDepthStride;
+    Acc* const column_operand = shared.staging + Shape::kTokens * kStride;
+    const Thread me = Thread::me();
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int c = 0; c < R; ++c) s[r][c] = 0;
+    }
+    for (std::int64_t dim = 0; dim < dims; dim += Shape::kDepth) {
+      const int depth = dims - dim < Shape::kDepth ? static_cast<int>(dims - dim) : Shape::kDepth;
+      __syncthreads();
+      stage<Shape::kTokens, Shape::kDepth, kStride>(shared.staging, rows, 0, dim, dims,
+                                                    kInfinity<Acc>, Identity());
+      stage<Shape::kTokens, Shape::kDepth, kStride>(column_operand, columns, 0, dim, dims,
+                                                    kInfinity<Acc>, Identity());
+      if (thread < Shape::kDepth) {
+        shared.weight[thread] = thread < depth ? weight.at(dim + thread) : Acc(0);
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int d = 0; d < depth; d += R) {
+        const Vector<Acc> w = Vector<Acc>::load(shared.weight + d);
+        Vector<Acc> b[R];
+#pragma unroll
+        for (int c = 0; c < R; ++c) {
+          b[c] = Vector<Acc>::load(column_operand + (me.column + 16 * c) * kStride + d);
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const Vector<Acc> a = Vector<Acc>::load(shared.staging + (me.row + 16 * r) * kStride + d);
+#pragma unroll
+          for (int c = 0; c < R; ++c) {
+#pragma unroll
+            for (int v = 0; v < R; ++v) {
+              const Acc x = a.value[v] + b[c].value[v];
+              s[r][c] += w.value[v] * activate(x, weight.negative_slope);
+            }
+          }
+        }
+      }
+    }
+    return false;
+  }
+
+  // acc[r][d] += sum_column g w_d f'(row_d + column_d), acc_weight[d] += sum g f, g from the tile
+  // in shared memory. The row side comes from global memory, once for kStaged columns.
+  template <typename T, typename Acc, int R>
+  static __device__ __forceinline__ void accumulate_gradient(
+      Acc (&acc)[R][2 * R], Acc (&acc_weight)[2 * R], bool weight_gradient, const Side<T>& rows,
+      const Side<T>& columns, const Weight<T>& weight, std::int64_t dim, std::int64_t dims,
+      bool /*note*/, const Shared<Acc>& shared) {
+    using Shape = Tile<Acc>;
+    const Thread me = Thread::me();
+    for (int first_slot = 0; first_slot < Shape::kTokens; first_slot += Shape::kStaged) {
+      __syncthreads();
+      stage<Shape::kStaged, Shape::kWidth, Shape::kWidth>(shared.staging, columns, first_slot, dim,
+                                                          dims, kInfinity<Acc>, Identity());
+      __syncthreads();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half * 16 * R >= dims - dim) break;
+        const int column = (me.column + 16 * half) * R;
+        Acc w[R];
+#pragma unroll
+        for (int e = 0; e < R; ++e) {
+          w[e] = dim + column + e < dims ? weight.at(dim + column + e) : Acc(0);
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const std::int64_t token = rows.first + me.row * R + r;
+          const bool inside = token >= rows.begin && token < rows.end;
+          const T* const from = rows.tokens.data + token * rows.tokens.token_stride;
+          Acc row[R];
+#pragma unroll
+          for (int e = 0; e < R; ++e) {
+            const std::int64_t d = dim + column + e;
+            row[e] = inside && d < dims ? to_acc(from[d * rows.tokens.dim_stride]) : Acc(0);
+          }
+          const Acc* const gradient =
+              shared.tile + (me.row + 16 * r) * Shape::kTileStride + first_slot;
+#pragma unroll 1
+          for (int slot = 0; slot < Shape::kStaged; ++slot) {
+            const Acc g = gradient[slot];
+            if (g == 0) continue;  // never 0 * NaN
+            const Vector<Acc> x = Vector<Acc>::load(shared.staging + slot * Shape::kWidth + column);
+#pragma unroll
+            for (int e = 0; e < R; ++e) {
+              const Acc sum = row[e] + x.value[e];
+              acc[r][half * R + e] += g * w[e] * (sum > 0 ? Acc(1) : weight.negative_slope);
+              if (weight_gradient) {
+                acc_weight[half * R + e] += g * activate(sum, weight.negative_slope);
+              }
+            }
+          }
         }
       }
     }

@@ -155,7 +155,8 @@ struct Terms {
   Tensor key;        // (B, H, Lk, E), widened; rows that no query may see are 0
   Tensor value;      // (B, H, Lk, Ev), alike
   Tensor weight;     // (B or 1, H or 1, 1, 1, E), additive only
-  Tensor tanh;       // (B, H, Lq, Lk, E), additive only
+  Tensor activated;  // f(q + k), (B, H, Lq, Lk, E), additive only
+  Tensor slope;      // f'(q + k), alike
   Tensor factors;    // dropout, undefined without
   Tensor distances;  // (1 or B, 1, Lq, Lk), with ALiBi slopes only
   Softmax softmax;
@@ -195,8 +196,16 @@ Terms make_terms(const AttentionTensors& t, const OptionalTensor& query_indices,
   Tensor scores;
   if (t.weight.has_value()) {
     terms.weight = widened(*t.weight).unsqueeze(-2).unsqueeze(-2);
-    terms.tanh = at::tanh(terms.query.unsqueeze(3) + terms.key.unsqueeze(2));
-    scores = (terms.tanh * terms.weight).sum(-1) * terms.scale;
+    const Tensor sum = terms.query.unsqueeze(3) + terms.key.unsqueeze(2);
+    if (options.negative_slope.has_value()) {
+      const auto number = [&](double x) { return at::scalar_tensor(x, sum.options()); };
+      terms.slope = at::where(sum.gt(0), number(1.0), number(*options.negative_slope));
+      terms.activated = sum * terms.slope;
+    } else {
+      terms.activated = at::tanh(sum);
+      terms.slope = 1 - terms.activated * terms.activated;
+    }
+    scores = (terms.activated * terms.weight).sum(-1) * terms.scale;
   } else {
     scores = at::matmul(terms.query * terms.scale, terms.key.transpose(-2, -1));
   }
@@ -228,10 +237,10 @@ BackwardResults score_gradients(const AttentionTensors& t, const Terms& terms,
   Tensor grad_key;
   if (t.weight.has_value()) {
     const Tensor g = grad_scores.unsqueeze(-1) * terms.scale;
-    const Tensor grad_sum = g * terms.weight * (1 - terms.tanh * terms.tanh);  // of q_i + k_j
+    const Tensor grad_sum = g * terms.weight * terms.slope;  // of q_i + k_j
     grad_query = grad_sum.sum(3);
     grad_key = grad_sum.sum(2);
-    grads.grad_weight = sum_to((g * terms.tanh).sum(std::vector<int64_t>{2, 3}), *t.weight)
+    grads.grad_weight = sum_to((g * terms.activated).sum(std::vector<int64_t>{2, 3}), *t.weight)
                             .to(t.weight->scalar_type());
   } else {
     grad_query = at::matmul(grad_scores, terms.key) * terms.scale;

@@ -30,6 +30,9 @@ inline bool saved_flag(torch::autograd::AutogradContext* ctx, const char* name) 
 
 inline void save_options(torch::autograd::AutogradContext* ctx, const Options& options) {
   if (options.scale.has_value()) ctx->saved_data["scale"] = *options.scale;
+  if (options.negative_slope.has_value()) {
+    ctx->saved_data["negative_slope"] = *options.negative_slope;
+  }
   if (options.dropout_p > 0) ctx->saved_data["dropout_p"] = options.dropout_p;
   save_integer(ctx, "window_left", options.window_left, -1);
   save_integer(ctx, "window_right", options.window_right, -1);
@@ -37,9 +40,16 @@ inline void save_options(torch::autograd::AutogradContext* ctx, const Options& o
 }
 
 inline Options saved_options(torch::autograd::AutogradContext* ctx) {
-  Options options{std::nullopt, 0.0, saved_integer(ctx, "window_left", -1),
-                  saved_integer(ctx, "window_right", -1), saved_integer(ctx, "query_offset", 0)};
+  Options options{std::nullopt,
+                  std::nullopt,
+                  0.0,
+                  saved_integer(ctx, "window_left", -1),
+                  saved_integer(ctx, "window_right", -1),
+                  saved_integer(ctx, "query_offset", 0)};
   if (saved_flag(ctx, "scale")) options.scale = ctx->saved_data["scale"].toDouble();
+  if (saved_flag(ctx, "negative_slope")) {
+    options.negative_slope = ctx->saved_data["negative_slope"].toDouble();
+  }
   if (saved_flag(ctx, "dropout_p")) options.dropout_p = ctx->saved_data["dropout_p"].toDouble();
   return options;
 }

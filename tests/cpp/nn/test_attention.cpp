@@ -97,4 +97,14 @@ TEST_CASE("errors of one-head modules are those of Python", "[nn]") {
   REQUIRE(message_of<c10::ValueError>([] {
             nn::AdditiveAttention(nn::AdditiveAttentionOptions(6, 6, 6).dropout(1.5));
           }) == "AdditiveAttention: dropout must be between 0 and 1 (got dropout=1.5)");
+  REQUIRE(message_of<c10::ValueError>([] {
+            nn::AdditiveAttention(nn::AdditiveAttentionOptions(6, 6, 6).activation("gelu"));
+          }) ==
+          "AdditiveAttention: activation must be 'tanh', 'leaky_relu' or 'relu' (got "
+          "activation='gelu')");
+  REQUIRE(message_of<c10::ValueError>([] {
+            nn::SelfAttention(nn::SelfAttentionOptions(6).activation("relu"));
+          }) ==
+          "SelfAttention: activation belongs to the additive score (got score='dot', "
+          "activation='relu')");
 }

@@ -82,7 +82,9 @@ void one_head() {
                                  .is_causal(true)
                                  .window({2, 1})
                                  .scale(0.7)
-                                 .alibi(true));
+                                 .alibi(true)
+                                 .activation("leaky_relu")
+                                 .negative_slope(0.3));
       },
       [](auto& m, const Inputs& in) {
         return outputs(m.forward(in["x"], in["score_mask"], in["lengths"], true));
@@ -93,7 +95,8 @@ void one_head() {
   check<AdditiveAttention>(
       "additive_attention_options",
       [] {
-        return AdditiveAttention(nn::AdditiveAttentionOptions(8, 3, 5).bias(false).dropout(0.5));
+        return AdditiveAttention(
+            nn::AdditiveAttentionOptions(8, 3, 5).bias(false).dropout(0.5).activation("relu"));
       },
       [](auto& m, const Inputs& in) {
         return outputs(
@@ -145,7 +148,8 @@ void multi_head() {
                                       .score("additive")
                                       .num_kv_heads(1)
                                       .window({4, 3})
-                                      .rotary(rotary()));
+                                      .rotary(rotary())
+                                      .activation("leaky_relu"));
       },
       [](auto& m, const Inputs& in) {
         return outputs(m.forward(in["x"], in["x"], in["x"], in["padding"], true, in["causal"], true,

@@ -34,6 +34,9 @@ struct TORCH_SELFATTN_API SelfAttentionOptions {
   // Factor of the score; by default 1 / sqrt(key_dim) for the dot product, 1 for the additive.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;
   TORCH_ARG(bool, alibi) = false;  // lowers the score by the distance of two positions / 256
+  // Of the additive score: "tanh", "relu", or "leaky_relu" with this slope below 0.
+  TORCH_ARG(std::string, activation) = "tanh";
+  TORCH_ARG(double, negative_slope) = 0.2;
 };
 
 // One head of self-attention (Vaswani et al., 2017; additive: Bahdanau et al., 2015).
@@ -83,6 +86,9 @@ struct TORCH_SELFATTN_API AdditiveAttentionOptions {
   TORCH_ARG(int64_t, hidden_dim);
   TORCH_ARG(bool, bias) = true;      // whether the hidden layer has one
   TORCH_ARG(double, dropout) = 0.0;  // probability of dropping an attention weight in training
+  // Of the hidden layer: "tanh", "relu", or "leaky_relu" with this slope below 0 (GATv2).
+  TORCH_ARG(std::string, activation) = "tanh";
+  TORCH_ARG(double, negative_slope) = 0.2;
 };
 
 // Bahdanau's attention (2015): score_ij = w . tanh(W_q q_i + W_k k_j + b). The values are not

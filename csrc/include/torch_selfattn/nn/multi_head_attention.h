@@ -39,6 +39,9 @@ struct TORCH_SELFATTN_API MultiHeadAttentionOptions {
   // Lowers the score by the distance of query and key times a slope of the head. Not with
   // add_bias_kv and add_zero_attn.
   TORCH_ARG(bool, alibi) = false;
+  // Of the additive score: "tanh", "relu", or "leaky_relu" with this slope below 0.
+  TORCH_ARG(std::string, activation) = "tanh";
+  TORCH_ARG(double, negative_slope) = 0.2;
 };
 
 // Multi-head attention with the arguments, state dict and conventions of Python's

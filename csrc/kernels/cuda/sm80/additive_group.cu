@@ -65,6 +65,7 @@ cudaError_t forward(const AttentionForward& call, void* memory, cudaStream_t str
 
 const char* additive_group_not_supported(const AttentionProblem& p, const DeviceLimits& device) {
   if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
+  if (p.activation != Activation::kTanh) return "it has tanh only";
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
     return "the inputs are not float16 or bfloat16";
   }

@@ -87,6 +87,7 @@ class Launches {
 const char* additive_group_backward_not_supported(const AttentionProblem& p, bool bias_gradients,
                                                   const DeviceLimits& device) {
   if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
+  if (p.activation != Activation::kTanh) return "it has tanh only";
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
     return "the inputs are not float16 or bfloat16";
   }
