@@ -102,9 +102,8 @@ TEST_CASE("errors of one-head modules are those of Python", "[nn]") {
           }) ==
           "AdditiveAttention: activation must be 'tanh', 'leaky_relu' or 'relu' (got "
           "activation='gelu')");
-  REQUIRE(message_of<c10::ValueError>([] {
-            nn::SelfAttention(nn::SelfAttentionOptions(6).activation("relu"));
-          }) ==
+  REQUIRE(message_of<c10::ValueError>(
+              [] { nn::SelfAttention(nn::SelfAttentionOptions(6).activation("relu")); }) ==
           "SelfAttention: activation belongs to the additive score (got score='dot', "
           "activation='relu')");
 }
