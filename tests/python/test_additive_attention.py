@@ -19,13 +19,10 @@ class TestAdditiveAttention(AttentionTester):
     score = "additive"
 
 
-class ActivationTester(AttentionTester):
+class TestLeakyRelu(AttentionTester):
     op = "additive_attention_with_lse"
     score = "additive"
     problems: ClassVar = [BY_NAME[name] for name in [*FEW, *SCORES, "long mask"]]
-
-
-class TestLeakyRelu(ActivationTester):
     extra: ClassVar = {"activation": "leaky_relu"}
 
     def plain(self, implementation, dtype=torch.float64):
@@ -72,18 +69,13 @@ class TestLeakyRelu(ActivationTester):
         torch.testing.assert_close(got, want)
 
 
-class TestRelu(ActivationTester):
-    extra: ClassVar = {"activation": "relu"}
-    problems: ClassVar = [
-        BY_NAME[name] for name in [*FEW, "odd sizes", "long mask", "slopes per sample"]
-    ]
-
-
-class TestSteepLeakyRelu(ActivationTester):
-    """A slope above 1, where the line below 0 is the lower one."""
-
-    extra: ClassVar = {"activation": "leaky_relu", "negative_slope": 1.5}
-    problems: ClassVar = TestRelu.problems
+def test_relu_is_leaky_relu_of_slope_0():
+    arguments = BY_NAME["plain"].arguments("additive")
+    for op in (torch_selfattn.additive_attention, torch_selfattn.attention_weights):
+        given = {n: x for n, x in arguments.items() if n != "value" or op.__name__[:2] == "ad"}
+        want = op(**given, activation="leaky_relu", negative_slope=0.0)
+        assert torch.equal(op(**given, activation="relu", negative_slope=0.7), want)
+        assert not torch.equal(op(**given), want)
 
 
 def test_old_scripted_calls_still_load():
