@@ -122,7 +122,9 @@ void check_attention_arguments(const char* op, const AttentionTensors& t,
                     ": dropout_p must be between 0 and 1 (got dropout_p=", options.dropout_p, ")");
   TORCH_CHECK_VALUE(!options.negative_slope.has_value() ||
                         (t.weight.has_value() && std::isfinite(*options.negative_slope)),
-                    op, ": negative_slope must be finite, and of an additive score");
+                    op, ": negative_slope must be finite, and of an additive score (got ",
+                    "negative_slope=", *options.negative_slope,
+                    ", weight=", t.weight.has_value() ? "a tensor" : "None", ")");
   TORCH_CHECK_VALUE(
       options.window_left >= -1, op,
       ": window_left must be -1 (open) or more (got window_left=", options.window_left, ")");

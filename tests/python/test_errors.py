@@ -566,6 +566,24 @@ def test_inner_operators_starting_point():
     OPS._attention_backward(*backward)
 
 
+@pytest.mark.parametrize(
+    "changes, got",
+    [
+        ({"negative_slope": float("nan")}, "negative_slope=nan, weight=a tensor"),
+        ({"negative_slope": 0.5, "weight": None}, "negative_slope=0.5, weight=None"),
+    ],
+)
+def test_inner_negative_slope(changes, got):
+    forward, _ = inner(**changes)
+    op = "additive_attention" if "weight" not in changes else "dot_product_attention"
+    for arguments in (forward, on_meta(forward)):
+        with pytest.raises(ValueError) as caught:
+            OPS._attention_forward(*arguments)
+        assert str(caught.value).splitlines()[0] == (
+            f"{op}: negative_slope must be finite, and of an additive score (got {got})"
+        )
+
+
 def test_dropout_factors():
     for state, p, error, text in (
         (index(1), 0.5, RuntimeError, "philox_state must be int64, (2) (got philox_state=[1])"),
