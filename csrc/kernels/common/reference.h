@@ -68,13 +68,16 @@ inline std::int64_t contiguous_mask_index(const AttentionProblem& p, std::int64_
 }
 
 // The activation f of the additive score and its derivative.
-inline double activate(const AttentionProblem& p, double x) {
-  if (p.activation == Activation::kTanh) return std::tanh(x);
-  return x > 0.0 ? x : p.negative_slope * x;
-}
-inline double activation_slope(const AttentionProblem& p, double x) {
-  if (p.activation == Activation::kTanh) return 1.0 - std::tanh(x) * std::tanh(x);
-  return x > 0.0 ? 1.0 : p.negative_slope;
+struct Activated {
+  double value;
+  double slope;
+};
+inline Activated activate(const AttentionProblem& p, double x) {
+  if (p.activation == Activation::kTanh) {
+    const double t = std::tanh(x);
+    return {t, 1.0 - t * t};
+  }
+  return x > 0.0 ? Activated{x, 1.0} : Activated{p.negative_slope * x, p.negative_slope};
 }
 
 // |position(i) - j|, what ALiBi multiplies the slope by.
@@ -125,7 +128,7 @@ struct Row {
           score += q_d * k_d;
         } else {
           const double w_d = load(p.dtype, p.weight, w + d * p.weight_stride[2]);
-          score += w_d * activate(p, q_d + k_d);
+          score += w_d * activate(p, q_d + k_d).value;
         }
       }
       const double limit = max_score(p);
@@ -354,10 +357,11 @@ inline void backward(const AttentionBackward& call, const Parallel& /*parallel*/
               dk[d] += p.scale * g * q_d;
             } else {
               const double w_d = load(p.dtype, p.weight, w + d * p.weight_stride[2]);
-              const double slope = p.scale * g * w_d * activation_slope(p, q_d + k_d);
+              const Activated f = activate(p, q_d + k_d);
+              const double slope = p.scale * g * w_d * f.slope;
               dq[d] += slope;
               dk[d] += slope;
-              gradients.weight_row(b, h)[d] += p.scale * g * activate(p, q_d + k_d);
+              gradients.weight_row(b, h)[d] += p.scale * g * f.value;
             }
           }
         }

@@ -156,7 +156,7 @@ struct Terms {
   Tensor value;      // (B, H, Lk, Ev), alike
   Tensor weight;     // (B or 1, H or 1, 1, 1, E), additive only
   Tensor activated;  // f(q + k), (B, H, Lq, Lk, E), additive only
-  Tensor slope;      // f'(q + k), alike
+  Tensor slope;      // f'(q + k), alike, where f does not tell it: undefined for tanh
   Tensor factors;    // dropout, undefined without
   Tensor distances;  // (1 or B, 1, Lq, Lk), with ALiBi slopes only
   Softmax softmax;
@@ -203,7 +203,6 @@ Terms make_terms(const AttentionTensors& t, const OptionalTensor& query_indices,
       terms.activated = sum * terms.slope;
     } else {
       terms.activated = at::tanh(sum);
-      terms.slope = 1 - terms.activated * terms.activated;
     }
     scores = (terms.activated * terms.weight).sum(-1) * terms.scale;
   } else {
@@ -237,11 +236,13 @@ BackwardResults score_gradients(const AttentionTensors& t, const Terms& terms,
   Tensor grad_key;
   if (t.weight.has_value()) {
     const Tensor g = grad_scores.unsqueeze(-1) * terms.scale;
-    const Tensor grad_sum = g * terms.weight * terms.slope;  // of q_i + k_j
+    const Tensor& f = terms.activated;
+    const Tensor slope = terms.slope.defined() ? terms.slope : 1 - f * f;
+    const Tensor grad_sum = g * terms.weight * slope;  // of q_i + k_j
     grad_query = grad_sum.sum(3);
     grad_key = grad_sum.sum(2);
-    grads.grad_weight = sum_to((g * terms.activated).sum(std::vector<int64_t>{2, 3}), *t.weight)
-                            .to(t.weight->scalar_type());
+    grads.grad_weight =
+        sum_to((g * f).sum(std::vector<int64_t>{2, 3}), *t.weight).to(t.weight->scalar_type());
   } else {
     grad_query = at::matmul(grad_scores, terms.key) * terms.scale;
     grad_key = at::matmul(grad_scores.transpose(-2, -1), terms.query) * terms.scale;
