@@ -11,16 +11,14 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename T>
 inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
-  if (call.problem.score == ScoreKind::kAdditive) {
-    if (call.problem.activation == Activation::kTanh) {
-      ForwardKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
-    } else {
-      ForwardKernel<LeakyReluScore<Elements<T>>>(call, parallel).run();
-    }
-  } else if (has_few_queries(call.problem)) {
+  if (has_few_queries(call.problem)) {
     ForwardKernel<DotScoreInPlace<T>>(call, parallel).run();
-  } else {
+  } else if (call.problem.score == ScoreKind::kDotProduct) {
     ForwardKernel<DotScore<Elements<T>>>(call, parallel).run();
+  } else if (call.problem.activation == Activation::kTanh) {
+    ForwardKernel<AdditiveScore<Elements<T>>>(call, parallel).run();
+  } else {
+    ForwardKernel<LeakyReluScore<Elements<T>>>(call, parallel).run();
   }
 }
 

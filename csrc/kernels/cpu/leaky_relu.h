@@ -62,10 +62,7 @@ class LeakyReluScore : public FinishedScores<typename OperandT::Scalar> {
         slope_(static_cast<T>(p.negative_slope)),
         factor_(static_cast<T>(p.scale * Math<double>::log2e)) {}
 
-  void set_head(std::int64_t b, std::int64_t h) {
-    load_row(p_.dtype, p_.weight, b * p_.weight_stride[0] + h * p_.weight_stride[1],
-             p_.weight_stride[2], p_.head_dim, weight_);
-  }
+  void set_head(std::int64_t b, std::int64_t h) { load_weight(p_, b, h, weight_); }
 
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows,
                     T* queries) const {

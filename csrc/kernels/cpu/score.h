@@ -48,6 +48,13 @@ template <typename T>
   }
 }
 
+// The weight of a head, additive only.
+template <typename T>
+inline void load_weight(const AttentionProblem& p, std::int64_t b, std::int64_t h, T* to) {
+  load_row(p.dtype, p.weight, b * p.weight_stride[0] + h * p.weight_stride[1], p.weight_stride[2],
+           p.head_dim, to);
+}
+
 // What the softmax finds: scores, or products that could not be scaled on their way to memory
 // (kFinishes). It scales those as it reads them, or in a pass of their own before they are changed
 // in another way.
@@ -226,8 +233,7 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
   void set_head(std::int64_t b, std::int64_t h) {
     b_ = b;
     h_ = h;
-    load_row(p_.dtype, p_.weight, b * p_.weight_stride[0] + h * p_.weight_stride[1],
-             p_.weight_stride[2], p_.head_dim, u_);
+    load_weight(p_, b, h, u_);
     double largest = 0.0;
     for (std::int64_t d = 0; d < p_.head_dim; ++d) {
       const double w = __builtin_fabs(static_cast<double>(u_[d]));

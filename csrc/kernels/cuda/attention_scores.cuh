@@ -32,6 +32,26 @@ struct DotScore {
   }
 };
 
+// Features [first, first + R) of the weight and of a token, 0 beyond `dims` and outside of the
+// side.
+template <typename T, typename Acc, int R>
+__device__ __forceinline__ void load_weights(Acc (&to)[R], const Weight<T>& weight,
+                                             std::int64_t first, std::int64_t dims) {
+#pragma unroll
+  for (int e = 0; e < R; ++e) to[e] = first + e < dims ? weight.at(first + e) : Acc(0);
+}
+template <typename T, typename Acc, int R>
+__device__ __forceinline__ void load_features(Acc (&to)[R], const Side<T>& side, std::int64_t token,
+                                              std::int64_t first, std::int64_t dims) {
+  const bool inside = token >= side.begin && token < side.end;
+  const T* const from = side.tokens.data + token * side.tokens.token_stride;
+#pragma unroll
+  for (int e = 0; e < R; ++e) {
+    const std::int64_t d = first + e;
+    to[e] = inside && d < dims ? to_acc(from[d * side.tokens.dim_stride]) : Acc(0);
+  }
+}
+
 __device__ __forceinline__ float reciprocal(float x) { return reciprocal_approx(x); }
 __device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
 
@@ -181,22 +201,15 @@ struct AdditiveScore {
       if (half * 16 * R >= dims - dim) break;
       const int column = (me.column + 16 * half) * R;
       Acc w[R];
-#pragma unroll
-      for (int e = 0; e < R; ++e) {
-        w[e] = dim + column + e < dims ? weight.at(dim + column + e) : Acc(0);
-      }
+      load_weights(w, weight, dim + column, dims);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const std::int64_t token = rows.first + me.row * R + r;
-        const bool inside = token >= rows.begin && token < rows.end;
-        const T* const from = rows.tokens.data + token * rows.tokens.token_stride;
         Acc row[R];
         Acc w4_row[R];
+        load_features(row, rows, rows.first + me.row * R + r, dim + column, dims);
 #pragma unroll
         for (int e = 0; e < R; ++e) {
-          const std::int64_t d = dim + column + e;
-          const Acc x = inside && d < dims ? to_acc(from[d * rows.tokens.dim_stride]) : Acc(0);
-          row[e] = beyond ? x : Exponential()(x);
+          if constexpr (!beyond) row[e] = Exponential()(row[e]);
           w4_row[e] = 4 * w[e] * row[e];
         }
         const Acc* const gradient =
@@ -341,21 +354,11 @@ struct LeakyReluScore {
         if (half * 16 * R >= dims - dim) break;
         const int column = (me.column + 16 * half) * R;
         Acc w[R];
-#pragma unroll
-        for (int e = 0; e < R; ++e) {
-          w[e] = dim + column + e < dims ? weight.at(dim + column + e) : Acc(0);
-        }
+        load_weights(w, weight, dim + column, dims);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          const std::int64_t token = rows.first + me.row * R + r;
-          const bool inside = token >= rows.begin && token < rows.end;
-          const T* const from = rows.tokens.data + token * rows.tokens.token_stride;
           Acc row[R];
-#pragma unroll
-          for (int e = 0; e < R; ++e) {
-            const std::int64_t d = dim + column + e;
-            row[e] = inside && d < dims ? to_acc(from[d * rows.tokens.dim_stride]) : Acc(0);
-          }
+          load_features(row, rows, rows.first + me.row * R + r, dim + column, dims);
           const Acc* const gradient =
               shared.tile + (me.row + 16 * r) * Shape::kTileStride + first_slot;
 #pragma unroll 1
