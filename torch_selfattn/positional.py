@@ -26,9 +26,7 @@ __all__ = [
 def _device(device: torch.device | None) -> torch.device | None:
     # The C++ operator does not know of `with torch.device(...)` and torch.set_default_device.
     if device is None and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if torch.compiler.is_compiling():  # Dynamo does not trace get_default_device
-            return torch.empty(0).device
-        return torch.get_default_device()
+        return torch.empty(0).device  # Dynamo does not trace get_default_device
     return device
 
 

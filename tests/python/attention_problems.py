@@ -59,12 +59,9 @@ def reference_attention(
         w = weight.double()
         w = w[:, None, None, :] if w.dim() == 2 else w  # beside (H, Lq, Lk, E)
         x = query.unsqueeze(-2) + key.unsqueeze(-3)
-        f = {
-            "tanh": x.tanh(),
-            "relu": x.relu(),
-            "leaky_relu": torch.where(x > 0, x, negative_slope * x),
-        }
-        scores = (w * f[activation]).sum(-1) * factor
+        slope = {"relu": 0.0, "leaky_relu": negative_slope}
+        f = x.tanh() if activation == "tanh" else torch.where(x > 0, x, slope[activation] * x)
+        scores = (w * f).sum(-1) * factor
     scores = scores.expand(pairs)
 
     def per_sample(x: Tensor) -> Tensor:  # beside (..., H, Lq, Lk), or (N, Lq, Lk)

@@ -71,15 +71,18 @@ class TestLeakyRelu(AttentionTester):
 
 def test_relu_is_leaky_relu_of_slope_0():
     arguments = BY_NAME["plain"].arguments("additive")
-    for op in (torch_selfattn.additive_attention, torch_selfattn.attention_weights):
-        given = {n: x for n, x in arguments.items() if n != "value" or op.__name__[:2] == "ad"}
+    of_weights = {name: arguments[name] for name in ("query", "key", "weight")}
+    for op, given in (
+        (torch_selfattn.additive_attention, arguments),
+        (torch_selfattn.attention_weights, of_weights),
+    ):
         want = op(**given, activation="leaky_relu", negative_slope=0.0)
         assert torch.equal(op(**given, activation="relu", negative_slope=0.7), want)
         assert not torch.equal(op(**given), want)
 
 
-def test_old_scripted_calls_still_load():
-    """The arguments came later than the operator: they stand at the end and have defaults."""
+def test_activation_stands_at_the_end():
+    """With defaults: a scripted call that was saved before there was one still loads."""
     schema = torch.ops.torch_selfattn.additive_attention.default._schema
     assert [a.name for a in schema.arguments[-2:]] == ["activation", "negative_slope"]
     assert [a.default_value for a in schema.arguments[-2:]] == ["tanh", 0.2]
