@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     for path in [named] if named else newest:
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # built with a sanitizer, or for another system
+        except OSError:  # built for another system
             continue
     return None
 

@@ -11,10 +11,26 @@ import torch
 from operator_tester import OPS, Arguments, OperatorTester, is_float, is_tensor
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 import torch_selfattn
 
 TRANSFORMS = ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap(grad)", "vmap(jacrev)"]
+# Functions of torch.autograd.functional with their options.
+FUNCTIONALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vjp": ("vjp", {}),
+    "jvp": ("jvp", {}),
+    "jacobian": ("jacobian", {}),
+    "jacobian, vectorized": ("jacobian", {"vectorize": True}),
+    "jacobian, forward mode": ("jacobian", {"vectorize": True, "strategy": "forward-mode"}),
+    "hessian": ("hessian", {}),
+    "hessian, forward mode": (
+        "hessian",
+        {"vectorize": True, "outer_jacobian_strategy": "forward-mode"},
+    ),
+    "hvp": ("hvp", {}),
+    "vhp": ("vhp", {}),
+}
 
 
 class CallWithTensors(torch.nn.Module):
@@ -190,10 +206,7 @@ class CompilerTester(OperatorTester):
                     torch.testing.assert_close(a[sample], b, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.way("torch.func")
-    @pytest.mark.parametrize(
-        "transform",
-        ["grad", "vjp", "jvp", "jacrev", "jacfwd", "hessian", "vmap(grad)", "vmap(jacrev)"],
-    )
+    @pytest.mark.parametrize("transform", TRANSFORMS)
     def test_torch_func(self, transform):
         """torch.func of the operator is torch.func of the reference."""
         arguments = self.small()
@@ -231,3 +244,44 @@ class CompilerTester(OperatorTester):
         got = results(lambda a: getattr(OPS, self.op)(**a))
         want = results(lambda a: self.reference(a, None))
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+    @pytest.mark.way("torch.func")
+    @pytest.mark.parametrize("name", FUNCTIONALS)
+    def test_autograd_functional(self, name):
+        """torch.autograd.functional of the operator is that of the reference."""
+        tensors, join = self.split(self.small())
+        function, options = FUNCTIONALS[name]
+
+        def results(call: Any) -> Any:
+            def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+                return self.as_tuple(call(join(inputs)))
+
+            def loss(*inputs: Tensor) -> Tensor:
+                return sum(x.sin().sum() for x in outputs(*inputs))
+
+            along = tuple(torch.cos(3 * x) for x in tensors)
+            of = getattr(torch.autograd.functional, function)
+            match function:
+                case "vjp":
+                    return of(outputs, tuple(tensors), tuple(x.cos() for x in outputs(*tensors)))
+                case "jvp":
+                    return of(outputs, tuple(tensors), along)
+                case "jacobian":
+                    return of(outputs, tuple(tensors), **options)
+                case "hessian":
+                    return of(loss, tuple(tensors), **options)
+            return of(loss, tuple(tensors), along)
+
+        got = results(lambda a: getattr(OPS, self.op)(**a))
+        want = results(lambda a: self.reference(a, None))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+    # ---- Checkpoints ----
+
+    def test_checkpoint(self):
+        """Computed again in the backward pass: the same bits, dropout included."""
+        arguments = self.growing()[1]
+        if any(a.name == "dropout_p" for a in getattr(OPS, self.op).default._schema.arguments):
+            arguments = arguments | {"dropout_p": 0.3}
+        got = self.results(arguments, lambda a: checkpoint(self.call, a, use_reentrant=False))
+        torch.testing.assert_close(got, self.results(arguments), rtol=0, atol=0)

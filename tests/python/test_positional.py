@@ -12,6 +12,7 @@ import torch
 import ways
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_selfattn import (
@@ -709,6 +710,35 @@ def test_torch_func(transform, interleaved, device):
         return getattr(torch.func, transform)(total, (0, 1))(*inputs)
 
     torch.testing.assert_close(apply(everything), apply(reference_everything))
+
+
+@pytest.mark.way("torch.func", operators=ways.POSITIONAL)
+@pytest.mark.parametrize("name", ["vjp", "jvp", "jacobian", "hessian", "hvp", "vhp"])
+def test_autograd_functional(name, device):
+    x, table, positions, _ = everything_inputs(3, device=device, heads=1, batch=1)
+    inputs = (x.detach(), table.detach())
+
+    def apply(f):
+        def total(x, table):
+            return f(x, table, positions, False).pow(3).sum()
+
+        further = (tuple(x.cos() for x in inputs),) if name in ("jvp", "hvp", "vhp") else ()
+        return getattr(torch.autograd.functional, name)(total, inputs, *further)
+
+    torch.testing.assert_close(apply(everything), apply(reference_everything))
+
+
+def test_checkpoint(device):
+    """Computed again in the backward pass, the gradients have the same bits."""
+    x, table, positions, _ = everything_inputs(5, device=device)
+    got, want = (
+        torch.autograd.grad(result.pow(2).sum(), (x, table))
+        for result in (
+            checkpoint(everything, x, table, positions, True, use_reentrant=False),
+            everything(x, table, positions, True),
+        )
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_flops(device):
