@@ -120,6 +120,10 @@ test-asan: $(ENVIRONMENT) ## all tests with the library under AddressSanitizer a
 test-tsan: $(ENVIRONMENT) ## the CPU kernels under ThreadSanitizer
 	@tools/run_sanitized.sh thread build/$(ID)-tsan $(PY) $(JOBS) $(ARGS)
 
+.PHONY: test-wheel
+test-wheel: $(ENVIRONMENT) ## an sdist and its wheel; all Python tests where that wheel is installed
+	@tools/test_wheel.sh $(PY) $(BUILD)-wheel $(TORCH) $(JOBS) $(ARGS)
+
 .PHONY: gpu-check
 gpu-check: build ## on a machine with a GPU: tests, compute-sanitizer, benchmarks
 	@cmake --build $(BUILD) --target gpu_tests -j $(JOBS)
