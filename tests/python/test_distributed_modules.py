@@ -378,12 +378,17 @@ def check_ring_results(rank):
         at = cut(7, first)
         for options in ({}, {"is_causal": True}, {"window_left": 2, "window_right": 1}):
             for others in ({}, {"alibi_slopes": make(4)}, lengths):
-                for weight in ({}, {"weight": make(4, 4)}):
-                    check_ring(rank, ring_problem(**others, **weight), at, at, **options)
+                check_ring(rank, ring_problem(**others), at, at, **options)
+                for activation in ("tanh", "leaky_relu"):
+                    problem = ring_problem(**others, weight=make(4, 4))
+                    check_ring(rank, problem, at, at, activation=activation, **options)
     at = cut(7, 4)
     grouped = ring_problem(key_heads=2, weight=make(4))
     check_ring(rank, grouped, at, at, enable_gqa=True, is_causal=True, scale=0.3)
     check_ring(rank, ring_problem(key_heads=1), at, at)
+    for name, slope in (("relu", 0.2), ("leaky_relu", -0.5)):
+        problem = ring_problem(weight=make(4, 4))
+        check_ring(rank, problem, at, at, activation=name, negative_slope=slope)
     # Queries of another length than the keys.
     for options in ({}, {"is_causal": True}):
         problem = ring_problem(query_length=4)
@@ -457,6 +462,16 @@ def check_errors(rank):
     refuse("alibi_slopes must have the shape", None, alibi_slopes=make(2, 4))
     refuse("weight must have the shape", elsewhere, weight=make(3, 4) if bad else make(4))
     refuse("order must be", None, ValueError, order="up")
+    refuse("activation belongs to the additive", None, ValueError, activation="relu")
+    refuse("activation must be tanh", None, ValueError, activation="gelu", weight=make(4))
+    refuse(
+        "activation must be the same.*relu.*tanh", None, weight=make(4),
+        activation="relu" if bad else "tanh",
+    )  # fmt: skip
+    refuse(
+        r"negative_slope must be the same.*0\.1.*-2", None, weight=make(4),
+        activation="leaky_relu", negative_slope=0.1 if bad else -2.0,
+    )  # fmt: skip
     refuse("window_left must be", elsewhere, ValueError, window_left=-2 if bad else 1)
     refuse("must be on the device of query", elsewhere, value=x.to("meta") if bad else x)
     refuse("is_causal must be the same", None, is_causal=bad)

@@ -55,8 +55,16 @@ class _Options:
     window_left: int
     window_right: int
     enable_gqa: bool
+    activation: str  # of the additive score
+    negative_slope: float
     query_segments: list[_Segment]  # of this process
     key_segments: list[list[_Segment]]  # of each process
+
+    @property
+    def slope(self) -> float | None:
+        """The activation as the backward operator takes it."""
+        slopes = {"tanh": None, "relu": 0.0}
+        return slopes.get(self.activation, self.negative_slope)
 
     @property
     def rank(self) -> int:
@@ -148,7 +156,10 @@ def _partial(
     ops = torch.ops.torch_selfattn
     if weight is None:
         return ops.dot_product_attention_with_lse(query, key, value, **shared)
-    return ops.additive_attention_with_lse(query, key, value, weight, **shared)
+    return ops.additive_attention_with_lse(
+        query, key, value, weight, activation=options.activation,
+        negative_slope=options.negative_slope, **shared,
+    )  # fmt: skip
 
 
 class _RingAttention(torch.autograd.Function):
@@ -225,9 +236,9 @@ class _RingAttention(torch.autograd.Function):
                 grads = _backward_op(
                     q.of(grad_output), None, q.of(query), *(k.of(x) for x in travelling), weight,
                     None, _within(key_lengths, k), _within(key_starts, k), None, slopes,
-                    q.of(output), q.of(lse).contiguous(), philox_state, options.scale, None, 0.0,
-                    options.window_left, options.window_right, q.start - k.start, False,
-                    slopes is not None,
+                    q.of(output), q.of(lse).contiguous(), philox_state, options.scale,
+                    options.slope, 0.0, options.window_left, options.window_right,
+                    q.start - k.start, False, slopes is not None,
                 )  # fmt: skip
                 q.of(grad_query).add_(grads[0])
                 k.of(here[0]).add_(grads[1])
@@ -313,6 +324,8 @@ def ring_attention(
     window_right: int = -1,
     alibi_slopes: Tensor | None = None,
     order: str = "contiguous",
+    activation: str = "tanh",
+    negative_slope: float = 0.2,
 ) -> Tensor:
     r"""Attention of a sequence that is divided among the processes of ``group``.
 
@@ -326,8 +339,7 @@ def ring_attention(
         key: (B, Hk, Lk, E), its keys. The pieces of different processes may have different lengths
             (``order="contiguous"``), also 0, and Lq may differ from Lk.
         value: (B, Hk, Lk, Ev).
-        weight: (E) or (H, E) for the additive score, the same on all processes; its activation is
-            tanh.
+        weight: (E) or (H, E) for the additive score, the same on all processes.
         group: the processes; None is all of them.
         is_causal: a query attends to keys at its own position of the whole sequence or before.
         scale, enable_gqa: as in :mod:`torch_selfattn.functional`.
@@ -337,6 +349,8 @@ def ring_attention(
         order: which positions a process holds: ``"contiguous"``, the pieces stand behind each other
             in the order of the ranks; ``"zigzag"``, which gives all processes the same work in
             causal attention: :func:`ring_positions`.
+        activation, negative_slope: of the additive score, as in
+            :func:`torch_selfattn.additive_attention`.
 
     Gradients of query, key and value are those of the whole sequence. That of ``weight`` and
     ``alibi_slopes`` is this process's share: the sum over the processes is the gradient, as it is
@@ -366,7 +380,7 @@ def ring_attention(
     try:
         description = describe(
             query, key, value, weight, is_causal, scale, enable_gqa, key_lengths, key_starts,
-            window_left, window_right, alibi_slopes, order,
+            window_left, window_right, alibi_slopes, order, activation, negative_slope,
         )  # fmt: skip
     except Exception as error:
         description = error  # raised once the others know
@@ -379,6 +393,8 @@ def ring_attention(
         window_left,
         0 if is_causal else window_right,
         enable_gqa,
+        activation,
+        negative_slope,
         _segments(query_pieces, order)[dist.get_rank(group)],
         _segments(key_pieces, order),
     )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _ORDERS = ("contiguous", "zigzag")
+_ACTIVATIONS = ("tanh", "leaky_relu", "relu")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # What each process says of its arguments: numbers by name.
@@ -22,7 +23,7 @@ def order_of_name(name: str, order: str) -> str:
 
 def _check(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, tensors: dict[str, Any],
-    options: dict[str, Any],
+    options: dict[str, Any], activation: str, negative_slope: float,
 ) -> None:  # fmt: skip
     name = "ring_attention"
     shapes = f"query={list(query.shape)}, key={list(key.shape)}, value={list(value.shape)}"
@@ -58,9 +59,21 @@ def _check(
         q, k, v = query.to("meta"), meta.pop("key"), meta.pop("value")
         weight = meta.pop("weight")
         if weight is None:
+            if activation != "tanh":
+                raise ValueError(
+                    f"{name}: activation belongs to the additive score, which needs a weight (got "
+                    f"activation={activation})"
+                )
             ops.dot_product_attention_with_lse(q, k, v, **meta, **options)
         else:
-            ops.additive_attention_with_lse(q, k, v, weight, **meta, **options)
+            ops.additive_attention_with_lse(
+                q, k, v, weight, activation=activation, negative_slope=negative_slope, **meta,
+                **options,
+            )  # fmt: skip
+
+
+def _bits(x: float) -> int:
+    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
 
 
 def _values(bounds: Tensor | None) -> int:
@@ -74,6 +87,7 @@ def describe(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, is_causal: bool,
     scale: float | None, enable_gqa: bool, key_lengths: Tensor | None, key_starts: Tensor | None,
     window_left: int, window_right: int, alibi_slopes: Tensor | None, order: str,
+    activation: str, negative_slope: float,
 ) -> Description:  # fmt: skip
     """Checks the arguments of this process by themselves, and says what must be alike."""
     order_of_name("ring_attention", order)
@@ -89,7 +103,7 @@ def describe(
         "window_left": window_left,
         "window_right": window_right,
     }
-    _check(query, key, value, weight, tensors, options)
+    _check(query, key, value, weight, tensors, options, activation, negative_slope)
     differentiable = (query, key, value, weight, alibi_slopes)
     return {
         "the length of query": query.shape[2],
@@ -106,10 +120,12 @@ def describe(
         "the presence of alibi_slopes": int(alibi_slopes is not None),
         "is_causal": int(is_causal),
         "the presence of scale": int(scale is not None),
-        "scale": 0 if scale is None else struct.unpack("<q", struct.pack("<d", scale))[0],
+        "scale": 0 if scale is None else _bits(scale),
         "window_left": window_left,
         "window_right": window_right,
         "order": _ORDERS.index(order),
+        "activation": _ACTIVATIONS.index(activation),
+        "negative_slope": _bits(negative_slope),
         # A process without a node would not take part in backward.
         "whether a gradient is wanted": int(
             torch.is_grad_enabled()
@@ -119,7 +135,7 @@ def describe(
 
 
 _MAY_DIFFER = ("the length of query", "the length of key")
-_FIELDS = 19
+_FIELDS = 21
 
 
 def agree(
@@ -167,7 +183,9 @@ def _readable(name: str, column: list[int]) -> str:
         return str([_DTYPES[i] for i in column])
     if name == "order":
         return str([_ORDERS[i] for i in column])
-    if name == "scale":
+    if name == "activation":
+        return str([_ACTIVATIONS[i] for i in column])
+    if name in ("scale", "negative_slope"):
         return str([struct.unpack("<d", struct.pack("<q", i))[0] for i in column])
     if name in ("key_lengths", "key_starts"):
         return "other values on some"
