@@ -61,7 +61,7 @@ help: ## list the targets
 	@printf '\nOptions: TORCH=<version> (now %s)  PYTHON=<interpreter>  JOBS=<n>  CUDA=AUTO|ON|OFF  WERROR=ON|OFF\n' '$(TORCH)'
 
 .PHONY: demo
-demo: build $(DEMO_ENVIRONMENT) ## train, evaluate, export and run the pronunciation model (about 10 minutes)
+demo: build $(DEMO_ENVIRONMENT) ## train, evaluate, export and run the pronunciation model (two to five minutes)
 	@$(DEMO) $(ARGS)
 
 .PHONY: demo-full

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -140,12 +142,26 @@ def test_missing_torch_is_a_clear_error(tmp_path):
     config = package / "share/cmake/TorchSelfAttn/TorchSelfAttnConfig.cmake"
     text = config.read_text()
     config.write_text(text.replace(str(Path(torch.__file__).parent), "/nonexistent"))
-    assert config.read_text() != text
     configured = configure(
         tmp_path / "build", f"-DCMAKE_PREFIX_PATH={package}", "-DPython_EXECUTABLE=/nonexistent"
     )
     assert configured.returncode != 0
     assert "torch was not found. Set Torch_DIR" in " ".join(configured.stderr.split())
+
+
+def test_sdist_has_all_tracked_files(tmp_path):
+    root = FOREIGN.parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = set(run("git", "ls-files", folder=root).stdout.splitlines())
+    code = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    assert run(sys.executable, "-c", code, folder=root).returncode == 0
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    assert tracked - packed <= {".gitignore", ".ci/run"}
+    built = re.compile(r"\.so$|^build|^torch_selfattn/(lib|include|share)/|/runs/|__pycache__")
+    assert [name for name in packed if built.search(name)] == []
 
 
 def test_only_marked_symbols_are_exported():
