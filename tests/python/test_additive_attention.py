@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_problems import BY_NAME, FEW, SCORES
 from attention_tester import AttentionTester
 from operator_tester import forced, skip_unless_supported
@@ -86,3 +87,36 @@ def test_activation_stands_at_the_end():
     schema = torch.ops.torch_selfattn.additive_attention.default._schema
     assert [a.name for a in schema.arguments[-2:]] == ["activation", "negative_slope"]
     assert [a.default_value for a in schema.arguments[-2:]] == ["tanh", 0.2]
+
+
+def test_gatv2_layer_is_that_along_its_edges():
+    """Output and every gradient; node 4 has no edge."""
+    heads, nodes, width, dim = 3, 5, 6, 4
+    i, j = torch.tensor([[0, 0, 0, 1, 2, 2, 3], [1, 2, 4, 0, 2, 3, 3]])
+    inputs = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((nodes, width), (heads, width, dim), (heads, width, dim), (heads, dim))
+    ]
+
+    def along_edges(x, left, right, weight):
+        q, k = x @ left, x @ right
+        scores = (weight[:, None] * F.leaky_relu(q[:, i] + k[:, j], 0.2)).sum(-1).exp()
+        total = scores.new_zeros(heads, nodes).index_add(1, i, scores)
+        p = scores / total[:, i]
+        return k.new_zeros(heads, nodes, dim).index_add(1, i, p[..., None] * k[:, j])
+
+    def dense(x, left, right, weight):
+        adjacency = torch.zeros(nodes, nodes, dtype=torch.bool)
+        adjacency[i, j] = True
+        q, k = (x @ left)[None], (x @ right)[None]
+        return torch_selfattn.additive_attention(
+            q, k, k, weight, attn_mask=adjacency, activation="leaky_relu"
+        )[0]
+
+    got, want = dense(*inputs), along_edges(*inputs)
+    torch.testing.assert_close(got, want)
+    assert (got[:, 4] == 0).all()
+    grad = torch.randn_like(want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad)
+    )
