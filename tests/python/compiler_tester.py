@@ -119,6 +119,20 @@ class CompilerTester(OperatorTester):
                 got = self.results(arguments, lambda a: loaded(**self.with_defaults(a)))
             torch.testing.assert_close(got, self.results(arguments), rtol=0, atol=0)
 
+    @pytest.mark.way("script")
+    def test_traced_and_frozen(self):
+        """Traced with one size, the operator serves the others, saved and loaded, and frozen."""
+        sizes = self.growing()
+        module = CallWithTensors(self.op, sizes[0]).eval()
+        traced = torch.jit.trace(module, CallWithTensors.tensors(sizes[0]))
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        for made in (traced, torch.jit.load(buffer), torch.jit.freeze(traced)):
+            for arguments in sizes:
+                got = self.results(arguments, lambda a, f=made: f(*CallWithTensors.tensors(a)))
+                torch.testing.assert_close(got, self.results(arguments), rtol=0, atol=0)
+
     def with_defaults(self, arguments: Arguments) -> Arguments:
         """Every argument of the operator: a saved function has forgotten its defaults."""
         schema = getattr(OPS, self.op).default._schema

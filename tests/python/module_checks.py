@@ -73,15 +73,19 @@ def check_meta(make: Callable[..., nn.Module], call: Callable) -> None:
 
 
 def check_scripted(module: nn.Module, calls: Sequence[Callable], tolerance: float = 0.0) -> None:
-    """Scripted, saved and loaded, it computes what it computes eagerly."""
+    """Scripted, saved and loaded, and frozen, it computes what it computes eagerly."""
     scripted = torch.jit.script(module)
     stream = io.BytesIO()
     torch.jit.save(scripted, stream)
     stream.seek(0)
-    for made in (scripted, torch.jit.load(stream)):
-        made.train(module.training)
+    made = [scripted, torch.jit.load(stream)]
+    for one in made:
+        one.train(module.training)
+    if not module.training:
+        made.append(torch.jit.freeze(made[-1]))  # its parameters are constants
+    for one in made:
         for call in calls:
-            assert_same(call(made), call(module), tolerance)
+            assert_same(call(one), call(module), tolerance)
 
 
 @contextlib.contextmanager

@@ -46,14 +46,14 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], Call]] = {
         lambda m, x: m(x),
     ),
     "RotaryEmbedding": (
-        lambda: nn.RotaryEmbedding(D, L),
+        lambda: nn.RotaryEmbedding(D, L + 3).double(),
         lambda m, x: m(x),
     ),
     "TransformerEncoder": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(
                 D, H, F, batch_first=True, dtype=torch.float64,
-                rotary=nn.RotaryEmbedding(D // H, L),
+                rotary=nn.RotaryEmbedding(D // H, L + 3).double(),
             ), 2,
         ),
         lambda m, x: m(x, key_lengths=lengths(x)),
@@ -178,3 +178,26 @@ def test_frozen_parameters_get_no_gradient(name: str) -> None:
         trained.requires_grad_()
         (got,) = gradients(call(module, x), [trained])
         torch.testing.assert_close(got, want[n], rtol=1e-12, atol=1e-12)
+
+
+@each_module
+def test_traced(name: str) -> None:
+    """Traced with one length, a module serves others, forward and backward."""
+
+    class Outputs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.call = module, call
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(outputs_of(self.call(self.module, x)))
+
+    module, call = made(name)
+    module.eval()
+    traced = torch.jit.trace(Outputs(), inputs())
+    for length in (L, L + 2):
+        x = torch.randn(B, length, D, dtype=torch.float64, requires_grad=True)
+        variables = [x, *module.parameters()]
+        ours, theirs = traced(x), call(module, x)
+        assert_same(ours, theirs, 1e-12)
+        torch.testing.assert_close(gradients(ours, variables), gradients(theirs, variables))

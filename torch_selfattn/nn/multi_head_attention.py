@@ -496,10 +496,12 @@ class MultiHeadAttention(nn.Module):
                     inputs, need_weights, average_attn_weights, is_causal, query_offset,
                     query_offsets,
                 )  # fmt: skip
-        check_inputs(
-            query, key, value, key_padding_mask, attn_mask, self._query_size(), self.num_heads,
-            self.in_proj_weight is not None, self.batch_first,
-        )  # fmt: skip
+        # In a trace sizes are tensors, and what comparing them gives is a constant.
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined]
+            check_inputs(
+                query, key, value, key_padding_mask, attn_mask, self._query_size(), self.num_heads,
+                self.in_proj_weight is not None, self.batch_first,
+            )  # fmt: skip
         is_batched = query.dim() == 3
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]

@@ -170,7 +170,11 @@ class RotaryEmbedding(nn.Module):
         end = offset + length
         table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Another dtype is there after .half() of a scripted module, which has no _apply of ours.
-        if end > self.max_length or self.cos.dtype != table_dtype:
+        other = self.cos.dtype != table_dtype
+        # A trace has one of the branches for all lengths: that of the table. (The comparison would
+        # be a constant of it, and rotary_tables of a device cannot be traced.)
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if other or (not tracing and end > self.max_length):
             return rotary_tables(
                 length, self.dim, self.base, offset, self.scaling, table_dtype, self.cos.device
             )
