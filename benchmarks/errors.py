@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ import torch_selfattn
 from benchmarks import machine
 from torch_selfattn import reference
 
+ROOT = Path(__file__).resolve().parents[1]
 SCALES = (0.03, 0.1, 0.3, 1, 1.5, 2, 3, 4, 6, 10, 30, 100, 1e3, 1e4)
 IMPLEMENTATIONS = {torch.float32: ("avx512", "avx2", "generic"), torch.bfloat16: ("avx512",)}
 RESULTS = ("out", "grad_query", "grad_key", "grad_value", "grad_weight")

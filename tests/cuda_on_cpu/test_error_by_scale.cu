@@ -9,8 +9,8 @@ using namespace attention_testing;
 
 // Normal q and k of these standard deviations meet every rule of range: four groups to a
 // reciprocal, two, and one; the generic kernel's exponential form, and tanh itself. With small ones
-// the gradients of q and k are differences of much larger numbers, with large ones few features are
-// not saturated.
+// the gradient of q is a difference of much larger numbers, with large ones few features are not
+// saturated.
 constexpr double kScales[] = {0.03, 0.1, 0.3, 1, 1.5, 2, 3, 4, 6, 10, 30, 100, 1e3, 1e4};
 
 struct Path {
