@@ -153,15 +153,18 @@ class DotScore : public DotProducts<OperandT> {
 // one FMA per pair and element, and four elements share a division, since
 //   1/x0 + 1/x1 + 1/x2 + 1/x3 = ((x0 + x1) x2 x3 + (x2 + x3) x0 x1) / (x0 x1 x2 x3).
 // x_d is limited to `cap`, which keeps the product finite at an error of c / cap; it serves w_d = 0
-// as well. Where |q| or |k| is so large that the exponentials leave the range, x_d is computed from
-// q_d + k_d instead (kSum), per panel of keys.
+// as well. Where |q|, |k| and u are so small that no product of four can overflow, the limit is left
+// out (kBounded); where |q| or |k| is so large that the exponentials leave the range, x_d is
+// computed from q_d + k_d instead (kSum). Both are decided per panel of keys.
 // Bound: nine FMA slots and one division for four elements of a vector of pairs.
-enum class Join : bool { kProduct, kSum };
+enum class Join : char { kBounded, kProduct, kSum };
 
 template <typename T, Join join>
 TSA_INLINE Vec<T> joined(Vec<T> a, Vec<T> b, Vec<T> u) {
-  if constexpr (join == Join::kProduct) {
-    return at_most(splat(Math<T>::cap), fma(a, b, u));  // a = u e^(2q), b = e^(2k)
+  if constexpr (join == Join::kBounded) {
+    return fma(a, b, u);  // a = u e^(2q), b = e^(2k)
+  } else if constexpr (join == Join::kProduct) {
+    return at_most(splat(Math<T>::cap), fma(a, b, u));
   } else {
     return at_most(splat(Math<T>::cap), fma(exp_2x(a + b), u, u));  // a = q, b = k
   }
@@ -249,12 +252,21 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
       const std::int64_t at = d < fours ? d / 4 : fours / 4 + d - fours;
       half_[at] = sum == 0.0 ? T(0) : static_cast<T>(sum / (2.0 * largest));
     }
+    double largest_product = 0.0;  // of four u, its log2
+    double product = 0.0;
     for (std::int64_t d = 0; d < padded<T>(p_.head_dim); ++d) {
       const T w = d < p_.head_dim ? u_[d] : T(0);
       const double u = largest / __builtin_fabs(static_cast<double>(w));
       sign_[d] = w < T(0) ? T(-1) : T(1);
       u_[d] = u < static_cast<double>(Math<T>::cap) ? static_cast<T>(u) : Math<T>::cap;
+      product = (d % 4 == 0 ? 0.0 : product) + __builtin_log2(static_cast<double>(u_[d]));
+      if (d < fours && product > largest_product) largest_product = product;
     }
+    // Of x_d <= u_d (1 + e^(2m)) <= u_d 2^(2m log2 e + 1), m = |q| + |k|, four have a product below
+    // 2^(max_exponent - 2), two of which can be added up.
+    const double max_exponent = -1.0 - static_cast<double>(Math<T>::min_exponent);
+    bounded_ = static_cast<T>(((max_exponent - 2.0 - largest_product) / 4.0 - 1.0) /
+                              (2.0 * Math<double>::log2e));
     k2_ = static_cast<T>(-2.0 * largest * p_.scale * Math<double>::log2e);
   }
 
@@ -297,6 +309,10 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
 
   void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T bound,
               std::int64_t j, T* scores, std::int64_t ld) {
+    if (bound + query_bound_ <= bounded_) {
+      tile<Join::kBounded>(queries + r * p_.head_dim, panel, rows, scores, ld);
+      return;
+    }
     if (larger(bound, query_bound_) <= Math<T>::max_exponent_argument) {
       tile<Join::kProduct>(queries + r * p_.head_dim, panel, rows, scores, ld);
       return;
@@ -350,6 +366,7 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
   std::int64_t first_query_ = 0;
   std::int64_t query_rows_ = 0;
   T query_bound_ = 0;
+  T bounded_ = 0;  // up to this |q| + |k| nothing overflows
   bool spare_queries_ready_ = false;
 };
 

@@ -218,7 +218,9 @@ class DotGradient : public DotProducts<OperandT> {
 // Bound: ten FMA slots and two divisions for four vectors.
 template <typename T, Join join>
 TSA_INLINE Vec<T> one_plus(Vec<T> a, Vec<T> b) {
-  if constexpr (join == Join::kProduct) {
+  if constexpr (join == Join::kBounded) {
+    return fma(a, b, splat(T(1)));
+  } else if constexpr (join == Join::kProduct) {
     return at_most(splat(Math<T>::cap), fma(a, b, splat(T(1))));
   } else {
     return at_most(splat(Math<T>::cap), splat(T(1)) + exp_2x(a + b));
@@ -340,6 +342,8 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
   using Score = AdditiveScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = true;
+  // Up to this |q| and |k| a product of two 1 + e^(2q) e^(2k) is finite: below 2^117.
+  static constexpr T kBounded = 10;
   static constexpr std::int64_t kBlockRows = 32;
   static constexpr std::int64_t kBlockKeys = 64;
   // e^(2k) and, where that leaves the range, k; the same of q; two sets of each.
@@ -391,7 +395,10 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
     for (std::int64_t u = 0; u < tile.keys; u += kPanel<T>) {
       bound = larger(bound, bounds[u / kPanel<T>]);
     }
-    if (bound <= Math<T>::max_exponent_argument) {
+    if (bound <= kBounded) {
+      sweep_tile<kGroupRows>(tile, query_, width_, key_, width_, TanhSlope<T, Join::kBounded>{},
+                             weight_sums);
+    } else if (bound <= Math<T>::max_exponent_argument) {
       sweep_tile<kGroupRows>(tile, query_, width_, key_, width_, TanhSlope<T, Join::kProduct>{},
                              weight_sums);
     } else {
