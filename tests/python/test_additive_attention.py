@@ -70,6 +70,35 @@ class TestLeakyRelu(AttentionTester):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
+def test_edges_of_the_range_rules(name, dtype):
+    """q = k = m from where nothing overflows to where e^(2 m) does, with weights so small that
+    products of four are near the largest number: the result has an edge nowhere."""
+    if f"{name}: not supported" in torch_selfattn.explain(*torch.ones(3, 1, 1, 1, 1)):
+        pytest.skip(f"this processor has no {name}")
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.tensor([0, 4, 9, 14, 1, 1, 2, 2, 0, 20, 30, 300, 3, 5]).mul(-1.0).exp2()
+    value = torch.randn(1, 1, 40, 3, generator=generator, dtype=torch.float64).to(dtype)
+    spread = torch.rand(2, 1, 1, 40, 14, generator=generator, dtype=torch.float64)
+    bound = 300 * torch.finfo(dtype).eps
+    for m in torch.linspace(1, 34, 67, dtype=torch.float64):
+        for sign in (1, -1):
+            query, key = ((sign * m + 0.1 * x).to(dtype) for x in spread)
+            inputs = [query, key, value, weights.to(dtype)]
+            results = []
+            for function, cast in (
+                (torch_selfattn.additive_attention, dtype),
+                (torch_selfattn.reference.additive_attention, torch.float64),
+            ):
+                leaves = [x.to(cast).requires_grad_() for x in inputs]
+                with forced(name):
+                    out = function(*leaves)
+                results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+            for got, want in zip(*results, strict=True):
+                assert (got - want).abs().max() <= bound * want.abs().max().clamp(min=1)
+
+
 def test_relu_is_leaky_relu_of_slope_0():
     arguments = BY_NAME["plain"].arguments("additive")
     of_weights = {name: arguments[name] for name in ("query", "key", "weight")}
