@@ -557,6 +557,37 @@ def test_torchscript(device):
         assert_same(loaded, everything_inputs(length, device=device))
 
 
+@pytest.mark.way("script", operators=ways.ENCODINGS)
+def test_traced_and_frozen(device):
+    """Traced with one length, an encoding serves others, forward and backward."""
+
+    class Encodings(torch.nn.Module):
+        def forward(self, x, table, positions, cos, sin):
+            y = add_sinusoidal_encoding(x, 0.5, positions=positions)
+            y = add_learned_encoding(y, table, positions=positions)
+            return rotary_embedding(y, cos, sin, False, 4, positions)
+
+    def inputs(length):
+        x, table, positions, _ = everything_inputs(length, device=device)
+        tables = rotary_tables(length + 20, 4, dtype=x.dtype, device=device)
+        return x, table, positions, *tables
+
+    module = Encodings().eval()
+    traced = torch.jit.trace(module, inputs(5))
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    for made in (traced, torch.jit.load(buffer), torch.jit.freeze(traced)):
+        for length in (5, 1, 8):
+            given = inputs(length)
+            got, want = made(*given), module(*given)
+            g = randn(*want.shape, device=device)
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+            torch.testing.assert_close(
+                torch.autograd.grad(got, given[:2], g), torch.autograd.grad(want, given[:2], g)
+            )
+
+
 @pytest.mark.way("compile", operators=ways.POSITIONAL)
 def test_compile_does_not_recompile_for_another_length(device):
     torch._dynamo.reset()
