@@ -153,8 +153,8 @@ class DotScore : public DotProducts<OperandT> {
 // one FMA per pair and element, and four elements share a division, since
 //   1/x0 + 1/x1 + 1/x2 + 1/x3 = ((x0 + x1) x2 x3 + (x2 + x3) x0 x1) / (x0 x1 x2 x3).
 // x_d is limited to `cap`, which keeps the product finite at an error of c / cap; it serves w_d = 0
-// as well. Where |q|, |k| and u are so small that no product of four can overflow, the limit is left
-// out (kBounded); where |q| or |k| is so large that the exponentials leave the range, x_d is
+// as well. Where |q|, |k| and u are so small that no product of four can overflow, the limit is
+// left out (kBounded); where |q| or |k| is so large that the exponentials leave the range, x_d is
 // computed from q_d + k_d instead (kSum). Both are decided per panel of keys.
 // Bound: nine FMA slots and one division for four elements of a vector of pairs.
 enum class Join : char { kBounded, kProduct, kSum };
