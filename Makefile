@@ -122,7 +122,7 @@ test-tsan: $(ENVIRONMENT) ## the CPU kernels under ThreadSanitizer
 
 .PHONY: test-wheel
 test-wheel: $(ENVIRONMENT) ## an sdist and its wheel; all Python tests where that wheel is installed
-	@tools/test_wheel.sh $(PY) $(BUILD)-wheel $(TORCH) $(JOBS) $(ARGS)
+	@CMAKE_ARGS="-DTORCH_SELFATTN_CUDA=$(CUDA) $(CMAKE_ARGS)" tools/test_wheel.sh $(PY) $(BUILD)-wheel $(TORCH) $(JOBS) $(ARGS)
 
 .PHONY: gpu-check
 gpu-check: build ## on a machine with a GPU: tests, compute-sanitizer, benchmarks
