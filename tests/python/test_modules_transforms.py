@@ -1,7 +1,8 @@
 """What PyTorch does to any module, done to each of ours: checkpoints, parametrizations, per-sample
-gradients by functional_call, frozen parameters."""
+gradients by functional_call, frozen parameters, traces and scripts."""
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +202,23 @@ def test_traced(name: str) -> None:
         ours, theirs = traced(x), call(module, x)
         assert_same(ours, theirs, 1e-12)
         torch.testing.assert_close(gradients(ours, variables), gradients(theirs, variables))
+
+
+@each_module
+def test_scripted(name: str) -> None:
+    """Scripted, and saved and loaded: the same outputs and gradients, for several lengths."""
+    module, call = made(name)
+    module.eval()
+    buffer = io.BytesIO()
+    scripted = torch.jit.script(module)
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    for one in (scripted, torch.jit.load(buffer).eval()):
+        for length in (L, L + 2):
+            x = torch.randn(B, length, D, dtype=torch.float64, requires_grad=True)
+            ours, theirs = call(one, x), call(module, x)
+            assert_same(ours, theirs, 1e-12)
+            torch.testing.assert_close(
+                gradients(ours, [x, *one.parameters()]),
+                gradients(theirs, [x, *module.parameters()]),
+            )
