@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from module_checks import saved_and_loaded
 from operator_tester import OPS, Arguments, OperatorTester, is_float, is_tensor
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -110,10 +111,7 @@ class CompilerTester(OperatorTester):
     @pytest.mark.way("script")
     def test_torchscript_save_and_load(self):
         """A scripted function, saved and loaded, gives the same outputs and gradients."""
-        buffer = io.BytesIO()
-        torch.jit.save(torch.jit.script(getattr(torch_selfattn, self.op)), buffer)
-        buffer.seek(0)
-        loaded = torch.jit.load(buffer)
+        loaded = saved_and_loaded(torch.jit.script(getattr(torch_selfattn, self.op)))
         for arguments in self.growing():
             for _ in range(3):  # the profiling executor optimises the second and third call
                 got = self.results(arguments, lambda a: loaded(**self.with_defaults(a)))
@@ -125,10 +123,7 @@ class CompilerTester(OperatorTester):
         sizes = self.growing()
         module = CallWithTensors(self.op, sizes[0]).eval()
         traced = torch.jit.trace(module, CallWithTensors.tensors(sizes[0]))
-        buffer = io.BytesIO()
-        torch.jit.save(traced, buffer)
-        buffer.seek(0)
-        for made in (traced, torch.jit.load(buffer), torch.jit.freeze(traced)):
+        for made in (traced, saved_and_loaded(traced), torch.jit.freeze(traced)):
             for arguments in sizes:
                 got = self.results(arguments, lambda a, f=made: f(*CallWithTensors.tensors(a)))
                 torch.testing.assert_close(got, self.results(arguments), rtol=0, atol=0)
@@ -219,6 +214,17 @@ class CompilerTester(OperatorTester):
                 for a, b in zip(got, of(batch[..., sample]), strict=True):
                     torch.testing.assert_close(a[sample], b, rtol=1e-12, atol=1e-12)
 
+    def outputs_and_loss(self, call: Any, join: Any) -> tuple[Any, Any]:
+        """Functions of the differentiable tensors."""
+
+        def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.as_tuple(call(join(inputs)))
+
+        def loss(*inputs: Tensor) -> Tensor:
+            return sum(x.sin().sum() for x in outputs(*inputs))
+
+        return outputs, loss
+
     @pytest.mark.way("torch.func")
     @pytest.mark.parametrize("transform", TRANSFORMS)
     def test_torch_func(self, transform):
@@ -228,12 +234,7 @@ class CompilerTester(OperatorTester):
         every = tuple(range(len(tensors)))
 
         def results(call: Any) -> Any:
-            def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-                return self.as_tuple(call(join(inputs)))
-
-            def loss(*inputs: Tensor) -> Tensor:
-                return sum(x.sin().sum() for x in outputs(*inputs))
-
+            outputs, loss = self.outputs_and_loss(call, join)
             tangents = tuple(torch.cos(3 * x) for x in tensors)
             match transform:
                 case "grad":
@@ -267,12 +268,7 @@ class CompilerTester(OperatorTester):
         function, options = FUNCTIONALS[name]
 
         def results(call: Any) -> Any:
-            def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-                return self.as_tuple(call(join(inputs)))
-
-            def loss(*inputs: Tensor) -> Tensor:
-                return sum(x.sin().sum() for x in outputs(*inputs))
-
+            outputs, loss = self.outputs_and_loss(call, join)
             along = tuple(torch.cos(3 * x) for x in tensors)
             of = getattr(torch.autograd.functional, function)
             match function:

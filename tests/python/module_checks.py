@@ -72,13 +72,18 @@ def check_meta(make: Callable[..., nn.Module], call: Callable) -> None:
         assert x.isfinite().all()
 
 
-def check_scripted(module: nn.Module, calls: Sequence[Callable], tolerance: float = 0.0) -> None:
-    """Scripted, saved and loaded, and frozen, it computes what it computes eagerly."""
-    scripted = torch.jit.script(module)
+def saved_and_loaded(scripted: Any) -> Any:
+    """What a TorchScript file of it gives."""
     stream = io.BytesIO()
     torch.jit.save(scripted, stream)
     stream.seek(0)
-    made = [scripted, torch.jit.load(stream)]
+    return torch.jit.load(stream)
+
+
+def check_scripted(module: nn.Module, calls: Sequence[Callable], tolerance: float = 0.0) -> None:
+    """Scripted, saved and loaded, and frozen, it computes what it computes eagerly."""
+    scripted = torch.jit.script(module)
+    made = [scripted, saved_and_loaded(scripted)]
     for one in made:
         one.train(module.training)
     if not module.training:

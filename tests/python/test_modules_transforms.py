@@ -2,13 +2,12 @@
 gradients by functional_call, frozen parameters, traces and scripts."""
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from module_checks import assert_same, gradients, outputs_of, randomize
+from module_checks import assert_same, gradients, outputs_of, randomize, saved_and_loaded
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -209,11 +208,8 @@ def test_scripted(name: str) -> None:
     """Scripted, and saved and loaded: the same outputs and gradients, for several lengths."""
     module, call = made(name)
     module.eval()
-    buffer = io.BytesIO()
     scripted = torch.jit.script(module)
-    torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    for one in (scripted, torch.jit.load(buffer).eval()):
+    for one in (scripted, saved_and_loaded(scripted).eval()):
         for length in (L, L + 2):
             x = torch.randn(B, length, D, dtype=torch.float64, requires_grad=True)
             ours, theirs = call(one, x), call(module, x)

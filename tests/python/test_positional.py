@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 import ways
+from module_checks import saved_and_loaded
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -549,10 +550,7 @@ def test_torchscript(device):
     inputs = everything_inputs(5, device=device)
     assert gradcheck(scripted, inputs)
     assert gradgradcheck(scripted, inputs)
-    buffer = io.BytesIO()
-    torch.jit.save(scripted, buffer)
-    buffer.seek(0)
-    loaded = torch.jit.load(buffer)
+    loaded = saved_and_loaded(scripted)
     for length in (5, 1, 8):
         assert_same(loaded, everything_inputs(length, device=device))
 
@@ -574,10 +572,7 @@ def test_traced_and_frozen(device):
 
     module = Encodings().eval()
     traced = torch.jit.trace(module, inputs(5))
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer)
-    buffer.seek(0)
-    for made in (traced, torch.jit.load(buffer), torch.jit.freeze(traced)):
+    for made in (traced, saved_and_loaded(traced), torch.jit.freeze(traced)):
         for length in (5, 1, 8):
             given = inputs(length)
             got, want = made(*given), module(*given)

@@ -73,7 +73,8 @@ def _check(
 
 
 def _bits(x: float) -> int:
-    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
+    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return bits
 
 
 def _values(bounds: Tensor | None) -> int:
