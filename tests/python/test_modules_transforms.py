@@ -1,5 +1,5 @@
 """What PyTorch does to any module, done to each of ours: checkpoints, parametrizations, per-sample
-gradients by functional_call, frozen parameters, traces and scripts."""
+gradients by functional_call, frozen parameters, traces and scripts, in C++ too."""
 
 import copy
 from collections.abc import Callable
@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from cmake_projects import build_and_run, configure
 from module_checks import assert_same, gradients, outputs_of, randomize, saved_and_loaded
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+import torch_selfattn
 from torch_selfattn import nn
 
 B, L, D, H, F = 3, 7, 8, 2, 12
@@ -218,3 +220,47 @@ def test_scripted(name: str) -> None:
                 gradients(ours, [x, *one.parameters()]),
                 gradients(theirs, [x, *module.parameters()]),
             )
+
+
+def recorded_call(call: Call) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The arguments that the module is called with; a tensor that stands there twice is one."""
+    found: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
+    call(lambda *args, **kwargs: found.append((args, kwargs)), inputs().detach())
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A folder with the scripted modules and what a C++ program got from them (tests/foreign)."""
+    folder = tmp_path_factory.mktemp("scripts")
+    torch.manual_seed(3)
+    for n, name in enumerate(MODULES):
+        module, call = made(name)
+        torch.jit.save(torch.jit.script(module), folder / f"{n}.pt")
+        torch.save(module.state_dict(), folder / f"{n}.state.pt")
+        torch.save(recorded_call(call), folder / f"{n}.call.pt")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}"
+    configured = configure(folder / "build", prefix)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    run = build_and_run(folder / "build", folder, *map(str, range(len(MODULES))), program="scripts")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@each_module
+def test_scripted_in_cpp(scripts, name: str) -> None:
+    """Loaded by a C++ program: the outputs and gradients of the module in Python."""
+    n = list(MODULES).index(name)
+    module, _ = made(name)
+    module.load_state_dict(torch.load(scripts / f"{n}.state.pt"))
+    module.eval()
+    args, kwargs = torch.load(scripts / f"{n}.call.pt")
+    for argument in args:
+        argument.requires_grad_()
+    outputs = outputs_of(module(*args, **kwargs))
+    sum(output.square().sum() for output in outputs).backward()
+    want = {f"out.{m}": output.detach() for m, output in enumerate(outputs)}
+    want |= {f"grad.{key}": parameter.grad for key, parameter in module.named_parameters()}
+    want |= {f"grad.{m}": argument.grad for m, argument in enumerate(args)}
+    got = torch.load(scripts / f"{n}.results.pt", weights_only=False)  # has TorchScript types
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
