@@ -623,7 +623,10 @@ class BackwardKernel {
         repair_scores(p, b, h, i, key, n, w);
       }
       if (alibi.active) alibi.add(i, key, n, zeros, w);
-      if (p.mask_kind != MaskKind::kNone) add_mask_row(p, b, h, i, key, n, zeros, w);
+      if (p.mask_kind != MaskKind::kNone) {
+        prefetch_mask_row(p, b, h, i + k.block_rows_, key, n);
+        add_mask_row(p, b, h, i, key, n, zeros, w);
+      }
       const bool drops = p.dropout_p > 0.0;
       if (drops) load_dropout_row(p, k.dropout_, b, h, i, key, n, buffer.row);
       const Vec<T> delta = splat(k.delta_[row]);

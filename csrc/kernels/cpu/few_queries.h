@@ -51,34 +51,29 @@ template <typename T, DType dtype, int kRows, bool kTail>
                                            T* __restrict scores, std::int64_t ld) {
   constexpr int lanes = kLanes<T>;
   constexpr int kKeys = lanes / kRows;
+  constexpr int kAtOnce = 4;  // vectors of a key
   Vec<T> sum[lanes];
 #pragma GCC unroll 16
   for (int x = 0; x < lanes; ++x) sum[x] = Vec<T>{};
-  const auto add = [&](const T* query, const auto& load_key) {
-    Vec<T> q[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) q[r] = load(query + r * query_ld);
+  // Key by key, in the order of memory, which is what the hardware's prefetching follows.
 #pragma GCC unroll 16
-    for (int x = 0; x < kKeys; ++x) {
-      const Vec<T> k = load_key(x);
+  for (int x = 0; x < kKeys; ++x, keys += row_stride) {
+    const auto add = [&](std::int64_t d, Vec<T> k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r * kKeys + x] = fma(q[r], k, sum[r * kKeys + x]);
+      for (int r = 0; r < kRows; ++r) {
+        sum[r * kKeys + x] = fma(load(queries + r * query_ld + d), k, sum[r * kKeys + x]);
+      }
+    };
+    std::int64_t d = 0;
+    for (; d + kAtOnce * lanes <= head_dim; d += kAtOnce * lanes) {
+#pragma GCC unroll 4
+      for (int y = 0; y < kAtOnce; ++y)
+        add(d + y * lanes, load_widened<T, dtype>(keys + d + y * lanes));
     }
-  };
-  // Four rows to an address register.
-  const typename Storage<dtype>::type* fours[(kKeys + 3) / 4];
-#pragma GCC unroll 4
-  for (int x = 0; x < kKeys; x += 4) fours[x / 4] = keys + x * row_stride;
-  std::int64_t d = 0;
-  for (; d + lanes <= head_dim; d += lanes) {
-    add(queries + d, [&](int x) __attribute__((always_inline)) {
-      return load_widened<T, dtype>(fours[x / 4] + x % 4 * row_stride + d);
-    });
-  }
-  if constexpr (kTail) {  // the queries have zeros there
-    add(queries + d, [&](int x) __attribute__((always_inline)) {
-      return load_first_widened<T, dtype>(fours[x / 4] + x % 4 * row_stride + d, head_dim - d);
-    });
+    for (; d + lanes <= head_dim; d += lanes) add(d, load_widened<T, dtype>(keys + d));
+    if constexpr (kTail) {  // the queries have zeros there
+      add(d, load_first_widened<T, dtype>(keys + d, head_dim - d));
+    }
   }
   T total[lanes];
   store(total, sums_of_lanes<T>(sum));

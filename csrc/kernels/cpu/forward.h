@@ -149,7 +149,7 @@ class ForwardKernel {
       scores = carver.take<T>(rows * k.score_ld_);
       sums = carver.take<T>(rows * k.width_);
       maximum = carver.take<T>(rows);
-      total = carver.take<T>(rows);
+      total = carver.take<T>(rows * kLanes<T>);
       row = carver.take<T>(k.score_ld_);
       panels = carver.take<T>(k.own_panels_ ? k.block_keys_ * k.key_size() : 0);
       bounds = carver.take<T>(k.own_panels_ ? k.block_keys_ / kPanel<T> : 0);
@@ -276,8 +276,8 @@ class ForwardKernel {
       const AttentionProblem& p = k.p_;
       for (std::int64_t r = 0; r < rows; ++r) {
         buffer.maximum[r] = -infinity<T>();
-        buffer.total[r] = T(0);
       }
+      fill_zero(buffer.total, rows * kLanes<T>);
       fill_zero(buffer.sums, rows * k.width_);
       const KeyRange all = buffer.ranges->all;
       // Blocks begin at multiples of a panel, as the shared panels do.
@@ -295,10 +295,12 @@ class ForwardKernel {
         KeyBlock block{first, keys};
         if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
         score_tile(buffer, score, block, rows);
-        for (std::int64_t r = 0; r < rows; ++r) {
-          const std::int64_t g = r / kGroupRows;
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (buffer.tile->group_is_empty(g)) continue;
-          softmax_row(buffer, score, block, r, g, zeros);
+          // All maxima first: a row's exponentials would wait for its maximum.
+          const std::int64_t end = smaller<std::int64_t>(r + kGroupRows, rows);
+          for (std::int64_t i = r; i < end; ++i) find_maximum(buffer, score, block, i, g, zeros);
+          for (std::int64_t i = r; i < end; ++i) find_weights(buffer, score, block, i, g, zeros);
         }
         add_values(buffer, block, rows, zeros);
       }
@@ -362,42 +364,58 @@ class ForwardKernel {
              score.needs_pass();
     }
 
-    // Scores of row r become weights relative to the row's running maximum; 0 for keys that the row
-    // may not see but its group does.
-    void softmax_row(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
-                     std::int64_t g, Zeros zeros) {
+    // Scores of row r are finished, and its running maximum takes them in.
+    void find_maximum(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
+                      std::int64_t g, Zeros zeros) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
       T* const row = buffer.scores + r * k.score_ld_;
-      const std::int64_t h = head(r);
-      const std::int64_t i = query(r);
-      const Alibi<T> alibi(p, b, h);
       const bool changes = changes_scores(score, zeros);
-      const auto scaled = score.scale(changes);
       Extremes extremes;
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, tile.begin[r]);
         const std::int64_t n = smaller(span.end, tile.end[r]) - begin;
         if (n <= 0) continue;
-        T* const s = row + begin;
-        if (changes) {
-          score.scale_products(s, n);
-          if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, block.first + begin, n, s);
-          if (alibi.active) alibi.add(i, block.first + begin, n, zeros, s);
-          if (p.mask_kind != MaskKind::kNone) {
-            add_mask_row(p, b, h, i, block.first + begin, n, zeros, s);
-          }
-        }
-        extremes.add_all(s, n);
+        if (changes) change_scores(score, r, block.first + begin, n, zeros, row + begin);
+        extremes.add_all(row + begin, n);
       }
+      raise_maximum(buffer, r, extremes.maximum(), score.scale(changes));
       // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
       if (p.mask_kind == MaskKind::kNone && extremes.minimum() == -infinity<T>()) {
-        buffer.total[r] = infinity<T>();
+        store(buffer.total + r * kLanes<T>, splat(infinity<T>()));
       }
-      const T maximum = raise_maximum(buffer, r, extremes.maximum(), scaled);
+    }
+
+    // Scores of row r and n keys from j.
+    [[gnu::noinline]] void change_scores(const Score& score, std::int64_t r, std::int64_t j,
+                                         std::int64_t n, Zeros zeros, T* s) const {
+      const AttentionProblem& p = k.p_;
+      const std::int64_t h = head(r);
+      const std::int64_t i = query(r);
+      score.scale_products(s, n);
+      if (zeros == Zeros::kSkip) repair_scores(p, b, h, i, j, n, s);
+      const Alibi<T> alibi(p, b, h);
+      if (alibi.active) alibi.add(i, j, n, zeros, s);
+      if (p.mask_kind != MaskKind::kNone) {
+        prefetch_mask_row(p, b, h, i, j + k.block_keys_,
+                          smaller(n, p.key_length - j - k.block_keys_));
+        add_mask_row(p, b, h, i, j, n, zeros, s);
+      }
+    }
+
+    // Scores of row r become weights relative to its running maximum; 0 for keys that the row may
+    // not see but its group does.
+    void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
+                      std::int64_t g, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
+      const TileRanges<T>& tile = *buffer.tile;
+      T* const row = buffer.scores + r * k.score_ld_;
+      const auto scaled = score.scale(changes_scores(score, zeros));
+      const T maximum = buffer.maximum[r];
       // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
       const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
-      Vec<T> sum{};
+      T* const total = buffer.total + r * kLanes<T>;
+      Vec<T> sum = load(total);
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
@@ -411,31 +429,27 @@ class ForwardKernel {
         sum += exponentials<false>(row, begin, end, scaled, shift);
         if (p.dropout_p > 0.0) {
           const std::int64_t n = end - begin;
-          load_dropout_row(p, k.dropout_, b, h, i, block.first + begin, n, buffer.row);
+          load_dropout_row(p, k.dropout_, b, head(r), query(r), block.first + begin, n, buffer.row);
           for (std::int64_t x = 0; x < n; ++x) row[begin + x] *= buffer.row[x];
         }
         fill_zero(row + span.begin, begin - span.begin);
         fill_zero(row + end, span.end - end);
         pack_weights(row, span.begin, span.end);
       }
-      buffer.total[r] += sum_lanes<T>(sum);
+      store(total, sum);
     }
 
     // The running maximum of row r, which what has been added up so far is put relative to.
     template <typename Scale>
-    T raise_maximum(Buffers& buffer, std::int64_t r, T largest, const Scale& scaled) const {
+    void raise_maximum(Buffers& buffer, std::int64_t r, T largest, const Scale& scaled) const {
       const T before = buffer.maximum[r];
-      if (!(largest > before)) return before;
+      if (!(largest > before)) return;
       buffer.maximum[r] = largest;
-      if (before != -infinity<T>()) {
-        const T factor = exp2_of(scaled(splat(before - largest))[0]);
-        buffer.total[r] *= factor;
-        T* const sums = buffer.sums + r * k.width_;
-        for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
-          store(sums + d, load(sums + d) * splat(factor));
-        }
-      }
-      return largest;
+      if (before == -infinity<T>()) return;
+      const Vec<T> factor = exp2<T>(scaled(splat(before - largest)));
+      const auto scale = [&](T* to) { store(to, load(to) * factor); };
+      scale(buffer.total + r * kLanes<T>);
+      for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) scale(buffer.sums + r * k.width_ + d);
     }
 
     // Weights are the left operand of the product with the values, in place: words of several take
@@ -528,7 +542,7 @@ class ForwardKernel {
       const auto scaled = score.scale(changes_scores(score, zeros));
       Vec<T> check{};  // x - x is NaN if x is not finite
       for (std::int64_t r = 0; r < rows; ++r) {
-        const T total = buffer.total[r];
+        const T total = sum_lanes<T>(load(buffer.total + r * kLanes<T>));
         const T maximum = scaled(splat(buffer.maximum[r]))[0];
         T* const sums = buffer.sums + r * k.width_;
         const std::int64_t row = (b * p.heads + head(r)) * p.query_length + query(r);

@@ -75,6 +75,18 @@ inline void add_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t
   });
 }
 
+// Has the mask's elements for the keys [key, key + n) of row (b, h, i) fetched, if there is such a
+// row: the rows of a tile lie so far apart that the hardware would not see the next ones coming.
+// (A function that only prefetches has to be inline: the compiler takes it for one without effect.)
+TSA_INLINE void prefetch_mask_row(const AttentionProblem& p, std::int64_t b, std::int64_t h,
+                                  std::int64_t i, std::int64_t key, std::int64_t n) {
+  if (i >= p.query_length || p.mask.stride[3] != 1 || p.mask.stride[2] == 0) return;
+  const std::int64_t size = p.mask_kind == MaskKind::kBool ? 1 : element_size(p.mask_dtype);
+  const char* const from =
+      static_cast<const char*>(p.mask.data) + mask_offset(p, b, h, i, key) * size;
+  for (std::int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(from + byte);
+}
+
 // Whether the mask allows one of the n keys from element `offset` of it.
 template <typename T>
 inline bool allows_any(const AttentionProblem& p, std::int64_t offset, std::int64_t n) {

@@ -215,11 +215,15 @@ template <typename T>
   }
 }
 
+// As size_of, which the compiler could leave out of line.
+TSA_INLINE std::int64_t element_size(DType dtype) {
+  if (dtype == DType::kFloat64) return 8;
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // data[offset + d] = 0 for n elements.
 inline void store_zeros(DType dtype, void* data, std::int64_t offset, std::int64_t n) {
-  std::int64_t size = 2;
-  if (dtype == DType::kFloat64) size = 8;
-  if (dtype == DType::kFloat32) size = 4;
+  const std::int64_t size = element_size(dtype);
   if (n > 0) {
     __builtin_memset(static_cast<char*>(data) + offset * size, 0,
                      static_cast<std::size_t>(n * size));
