@@ -11,11 +11,13 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 // Four rounds of kFmas fused multiply-adds and kDivisions divisions. Chains of their own hide the
 // latency: nine of FMAs (4 cycles, 2 units), and 4 kDivisions of divisions. The values stay
-// normal numbers: x tends to 2, y alternates between two values. At most 15 registers.
+// normal numbers: x tends to 2, y alternates between two values. They begin differently, or the
+// compiler would make one chain of all. At most 15 registers.
 template <int kFmas, int kDivisions>
 float arithmetic(std::int64_t rounds) {
-  VecF x[kFmas + 1] = {}, y[4 * kDivisions + 1];
-  for (VecF& v : y) v = splat(1.25f);
+  VecF x[kFmas + 1], y[4 * kDivisions + 1];
+  for (int n = 0; n <= kFmas; ++n) x[n] = splat(static_cast<float>(n));
+  for (int n = 0; n <= 4 * kDivisions; ++n) y[n] = splat(1.25f + 0.0625f * static_cast<float>(n));
   const VecF a = splat(0.75f), b = splat(0.5f);
   for (std::int64_t i = 0; i < rounds; i += 4) {
 #pragma GCC unroll 4

@@ -223,6 +223,13 @@ inline void turn_round(const T* from, std::int64_t ld, std::int64_t columns, T* 
   }
 }
 
+// Has element d of a row fetched. A square of elements is read across rows, an order in which the
+// hardware does not see the next ones coming.
+TSA_INLINE void prefetch_elements(const Rows& rows, std::int64_t row, std::int64_t d) {
+  const std::int64_t index = rows.at(row) + d * rows.element_stride;
+  __builtin_prefetch(static_cast<const char*>(rows.data) + index * element_size(rows.dtype));
+}
+
 // n <= kPanel rows from `begin` to a panel to[words][kPanel].
 template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
 inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
@@ -236,6 +243,7 @@ inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* 
 #pragma GCC unroll 16
       for (int r = 0; r < lanes; ++r) {
         const std::int64_t row = half + r;
+        prefetch_elements(rows, begin + row + lanes, d * Operand::kPack);
         square[r] =
             row < n ? transform(Operand::load_along(rows, begin + row, d, count), d) : Vec<T>{};
       }

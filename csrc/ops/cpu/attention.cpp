@@ -44,7 +44,10 @@ ForwardResults attention_forward_cpu(const AttentionTensors& tensors,
 void run_backward(const BackwardInputs& inputs, const AttentionTensors& tensors,
                   const AttentionOptions<int64_t>& options, const BackwardResults& results) {
   check_key_bounds(tensors);
-  prefer_huge_pages(results.grad_attn_mask);
+  for (const Tensor& gradient :
+       {results.grad_query, results.grad_key, results.grad_value, results.grad_attn_mask}) {
+    prefer_huge_pages(gradient);
+  }
   PreparedProblem prepared = prepare_problem(tensors, options);
   if (options.dropout_p > 0) {
     prepared.problem.philox_state = inputs.philox_state.const_data_ptr<int64_t>();
