@@ -51,7 +51,7 @@ template <typename T, DType dtype, int kRows, bool kTail>
                                            T* __restrict scores, std::int64_t ld) {
   constexpr int lanes = kLanes<T>;
   constexpr int kKeys = lanes / kRows;
-  constexpr int kAtOnce = 4;  // vectors of a key
+  constexpr int kAtOnce = 4 * lanes;  // elements of a key
   Vec<T> sum[lanes];
 #pragma GCC unroll 16
   for (int x = 0; x < lanes; ++x) sum[x] = Vec<T>{};
@@ -65,10 +65,11 @@ template <typename T, DType dtype, int kRows, bool kTail>
       }
     };
     std::int64_t d = 0;
-    for (; d + kAtOnce * lanes <= head_dim; d += kAtOnce * lanes) {
+    for (; d + kAtOnce <= head_dim; d += kAtOnce) {
 #pragma GCC unroll 4
-      for (int y = 0; y < kAtOnce; ++y)
-        add(d + y * lanes, load_widened<T, dtype>(keys + d + y * lanes));
+      for (std::int64_t e = d; e < d + kAtOnce; e += lanes) {
+        add(e, load_widened<T, dtype>(keys + e));
+      }
     }
     for (; d + lanes <= head_dim; d += lanes) add(d, load_widened<T, dtype>(keys + d));
     if constexpr (kTail) {  // the queries have zeros there
