@@ -78,6 +78,7 @@ class BackwardKernel {
   static constexpr bool kPacksTwice = Operand::kPack > 1;
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
+  static constexpr std::int64_t kLeastTasks = 4;
   static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
 
   void plan() {
@@ -101,6 +102,8 @@ class BackwardKernel {
     mask_.plan_sets(batch_sets_, head_sets_);
     const std::int64_t units = larger<std::int64_t>(batch_sets_ * head_sets_, 1);
     groups_ = smaller(blocks_ / 4, (kWantedTasks + units - 1) / units);
+    // A group of one block sums dq for that alone, but one task would leave the other threads idle.
+    groups_ = larger(groups_, smaller(blocks_, (kLeastTasks + units - 1) / units));
     groups_ = larger<std::int64_t>(groups_, 1);
     mask_.plan_groups(groups_);
 
