@@ -263,4 +263,4 @@ def test_scripted_in_cpp(scripts, name: str) -> None:
     want |= {f"grad.{key}": parameter.grad for key, parameter in module.named_parameters()}
     want |= {f"grad.{m}": argument.grad for m, argument in enumerate(args)}
     got = torch.load(scripts / f"{n}.results.pt", weights_only=False)  # has TorchScript types
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
