@@ -10,6 +10,8 @@
 
 #include "kernels/common/reference.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/sm80/additive_exponential.h"
+#include "kernels/cuda/sm80/additive_exponential_shape.h"
 #include "kernels/cuda/sm80/additive_group.h"
 #include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
 #include "kernels/cuda/sm80/additive_group_workspace.h"
@@ -38,7 +40,7 @@ enum class Special {
 
 // What is run: attention forward and backward, the weights by themselves, or the forward kernels of
 // the group method, by themselves, with the generic backward, or with the group method's after
-// them; that after the generic forward.
+// them; that after the generic forward. Likewise the exponential form, forward and both passes.
 enum class What {
   kAttention,
   kWeights,
@@ -46,11 +48,13 @@ enum class What {
   kGroup,
   kGroupAndBackward,
   kGroupGradients,
-  kGroupGradientsAlone
+  kGroupGradientsAlone,
+  kExponential,
+  kExponentialGradients
 };
 
-// How many tiles of queries the group method leaves to the generic kernel; in backward how many
-// (batch, key head)s.
+// How many tiles of queries a method leaves to the generic kernel; in backward how many (batch, key
+// head)s. In both, of what has both passes.
 enum class Redo { kNone, kSome, kAll, kAny };
 
 struct Case {
@@ -78,7 +82,7 @@ struct Case {
   Special special = Special::kNone;
   double largest_term = 0.1;      // of the sums in gradients: what their rounding errors go by
   bool query_indices = false;     // weights only: the queries are rows of others, in no order
-  Redo redo = Redo::kNone;        // group method only
+  Redo redo = Redo::kNone;        // not of the generic kernels
   double out_error = 0;           // if not 0: bound of the norm of out's error, relative to out's
   double gradient_error = 0;      // the same of each gradient
   std::int64_t shared_kib = 160;  // of the device, for the group method
@@ -191,6 +195,10 @@ inline bool has_group_gradients(const Case& c) {
   return c.what == What::kGroupGradients || c.what == What::kGroupGradientsAlone;
 }
 
+inline bool is_exponential(const Case& c) {
+  return c.what == What::kExponential || c.what == What::kExponentialGradients;
+}
+
 inline double tolerance(const Case& c) {
   if (has_group_gradients(c)) return 4e-2;
   if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
@@ -234,16 +242,65 @@ void run_weights(const Case& c, const MakeProblem& problem) {
   CHECK(weights.device->copy() == first);
 }
 
+inline void check_redo(const Case& c, std::int64_t redone, std::int64_t of) {
+  if (c.redo == Redo::kAny) return;
+  CHECK((c.redo == Redo::kNone) == (redone == 0));
+  CHECK((c.redo == Redo::kAll) == (redone == of));
+}
+
+// The sum of `count` flags in device memory, of which `memory` is a part.
+template <typename T>
+std::int64_t count_flags(const testing::DeviceArray<char>& memory, const T* flags,
+                         std::int64_t count) {
+  const std::vector<char> bytes = memory.copy();
+  std::vector<T> copied(static_cast<std::size_t>(count));
+  std::memcpy(copied.data(), bytes.data() + (reinterpret_cast<const char*>(flags) - memory.data()),
+              copied.size() * sizeof(T));
+  std::int64_t sum = 0;
+  for (const T flag : copied) sum += flag;
+  return sum;
+}
+
+// The kernels of the exponential form, and what they leave to the generic ones.
+class ExponentialRun {
+ public:
+  explicit ExponentialRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
+
+  void forward(const AttentionForward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_exponential_not_supported(p, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_exponential_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_exponential_forward(call, workspace.data(), nullptr) == cudaSuccess);
+    const std::int64_t tiles =
+        p.batch * p.heads * ((p.query_length + cuda::sm80::kTileTokens - 1) / cuda::sm80::kTileTokens);
+    if (case_.what == What::kExponential) {
+      const auto* const flags = reinterpret_cast<const std::uint8_t*>(workspace.data());
+      check_redo(case_, count_flags(workspace, flags, tiles), tiles);
+    }
+  }
+
+  void backward(const AttentionBackward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_exponential_backward_not_supported(p, false, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_exponential_backward_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_exponential_backward(call, workspace.data(), nullptr) ==
+          cudaSuccess);
+    const auto memory = cuda::sm80::ExponentialWorkspace::of(p, workspace.data(), 0);
+    const std::int64_t heads = p.batch * p.kv_heads;
+    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
+  }
+
+ private:
+  const Case& case_;
+  cuda::sm80::DeviceLimits device_;
+};
+
 // The kernels of the group method, and what they leave to the generic ones.
 class GroupRun {
  public:
   explicit GroupRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
-
-  void check_redo(std::int64_t redone, std::int64_t of) const {
-    if (case_.redo == Redo::kAny) return;
-    CHECK((case_.redo == Redo::kNone) == (redone == 0));
-    CHECK((case_.redo == Redo::kAll) == (redone == of));
-  }
 
   void forward(const AttentionForward& call) const {
     const AttentionProblem& p = call.problem;
@@ -252,13 +309,11 @@ class GroupRun {
         static_cast<std::size_t>(cuda::sm80::additive_group_workspace_bytes(p)));
     CHECK(cuda::sm80::additive_group_forward(call, workspace.data(), nullptr) == cudaSuccess);
     const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace.data());
-    const std::vector<char> bytes = workspace.copy();
     const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
-    const auto first = reinterpret_cast<char*>(memory.redo) - workspace.data();
-    std::int64_t redone = 0;
-    for (std::int64_t n = 0; n < tiles; ++n) redone += bytes[static_cast<std::size_t>(first + n)];
     // What is beyond the range of num / den in forward is so in backward.
-    if (case_.what != What::kGroupGradients) check_redo(redone, tiles);
+    if (case_.what != What::kGroupGradients) {
+      check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
+    }
   }
 
   void backward(const AttentionBackward& call) const {
@@ -269,15 +324,8 @@ class GroupRun {
     CHECK(cuda::sm80::additive_group_backward(call, device_, workspace.data(), nullptr) ==
           cudaSuccess);
     const auto memory = cuda::sm80::GradientWorkspace::of(p, workspace.data(), 0);
-    const std::vector<char> bytes = workspace.copy();
     const std::int64_t heads = p.batch * p.kv_heads;
-    std::vector<std::uint32_t> redo(static_cast<std::size_t>(heads));
-    std::memcpy(redo.data(),
-                bytes.data() + (reinterpret_cast<char*>(memory.redo) - workspace.data()),
-                redo.size() * sizeof(std::uint32_t));
-    std::int64_t redone = 0;
-    for (const std::uint32_t x : redo) redone += x;
-    check_redo(redone, heads);
+    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
   }
 
  private:
@@ -480,10 +528,11 @@ inline void run_case(const Case& c) {
   Result grad_mask("grad_mask", mask_dtype, mask_size);
   Result grad_slopes("grad_slopes", slopes_dtype, slopes_size);
   std::vector<Result*> results = {&out, &lse};
-  const bool backward = c.what != What::kGroup;
+  const bool backward = c.what != What::kGroup && c.what != What::kExponential;
   if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
   if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  const bool all_gradients = backward && !has_group_gradients(c);
+  const bool all_gradients =
+      backward && !has_group_gradients(c) && c.what != What::kExponentialGradients;
   if (all_gradients && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
   if (all_gradients && c.slopes) results.push_back(&grad_slopes);
 
@@ -516,15 +565,20 @@ inline void run_case(const Case& c) {
   const testing::DeviceArray<char> workspace(
       static_cast<std::size_t>(cuda::attention_backward_workspace_bytes(p)));
   const GroupRun group(c);
+  const ExponentialRun exponential(c);
   std::vector<std::vector<char>> first;
   for (int run = 0; run < 2; ++run) {
     if (is_group(c)) {
       group.forward(forward_call(true));
+    } else if (is_exponential(c)) {
+      exponential.forward(forward_call(true));
     } else {
       CHECK(cuda::attention_forward(forward_call(true), nullptr) == cudaSuccess);
     }
     if (has_group_gradients(c)) {
       group.backward(backward_call(true));
+    } else if (c.what == What::kExponentialGradients) {
+      exponential.backward(backward_call(true));
     } else if (backward) {
       CHECK(attention_backward(backward_call(true), workspace.data(), nullptr) == cudaSuccess);
     }

@@ -5,15 +5,11 @@
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/cuda/sm80/device_limits.h"
 
 // Additive attention by the group method on tensor cores (mma.sync, sm_80 and newer), for
 // float16 and bfloat16. docs/kernels.md derives the method and its range.
 namespace torch_selfattn::kernels::cuda::sm80 {
-
-struct DeviceLimits {
-  int capability_major = 0;
-  std::int64_t shared_bytes_per_block = 0;  // the most that a kernel may ask for
-};
 
 // Why these kernels cannot run the problem, or null.
 const char* additive_group_not_supported(const AttentionProblem& problem,

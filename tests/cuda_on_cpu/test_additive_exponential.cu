@@ -1,0 +1,348 @@
+// Additive attention by the exponential form, forward and backward, against the reference: sizes,
+// policies, dtypes, the two ways of sharing a reciprocal, and what it leaves to the generic kernel.
+#include "attention_case.h"
+
+namespace {
+
+using namespace attention_testing;
+
+constexpr auto kF16 = DType::kFloat16;
+constexpr auto kBF16 = DType::kBFloat16;
+
+// Both passes of the exponential form, unless it says otherwise.
+constexpr Case exponential(Case c) {
+  if (c.what == What::kAttention) c.what = What::kExponentialGradients;
+  c.score = ScoreKind::kAdditive;
+  return c;
+}
+
+// E = Ev = 64, one head, the distributions that errors are stated for.
+constexpr Case normal_inputs(const char* name, double magnitude, Case c = {}) {
+  c.name = name;
+  c.heads = c.kv_heads = 1;
+  c.query_length = c.query_length == 37 ? 128 : c.query_length;
+  c.key_length = c.key_length == 41 ? 128 : c.key_length;
+  c.head_dim = c.value_dim = 64;
+  c.magnitude = magnitude;
+  c.weight_magnitude = 0.5;
+  c.scale = 1;
+  if (c.dtype == DType::kFloat32) {
+    if (c.out_error == 0) c.out_error = 2e-6;
+    if (c.gradient_error == 0) c.gradient_error = 4e-6;
+  }
+  return c;
+}
+
+const Case cases[] = {
+    // errors at normal inputs
+    normal_inputs("exponential", 1),
+    // dq is a sum of g, whose sum is 0, times what is all but constant.
+    normal_inputs("exponential, N(0, 0.03)", 0.03, {.gradient_error = 4e-4}),
+    normal_inputs("exponential, N(0, 2)", 2),
+    normal_inputs("exponential f16", 1, {.dtype = kF16}),
+    normal_inputs("exponential bf16", 1, {.dtype = kBF16}),
+    normal_inputs("exponential, causal", 1, {.window_right = 0}),
+    normal_inputs("exponential, 101 by 77", 1, {.query_length = 101, .key_length = 77}),
+    normal_inputs("exponential, q N(4, 1), k N(-4, 1)", 1, {.query_mean = 4, .key_mean = -4}),
+    // sizes
+    {.name = "exponential length 1",
+     .query_length = 1,
+     .key_length = 1,
+     .head_dim = 1,
+     .value_dim = 1},
+    {.name = "exponential one query", .query_length = 1, .key_length = 150},
+    {.name = "exponential odd sizes", .batch = 2, .query_length = 70, .key_length = 131},
+    {.name = "exponential E 16, Ev 16", .key_length = 100, .head_dim = 16, .value_dim = 16},
+    {.name = "exponential E 5, Ev 48", .head_dim = 5, .value_dim = 48},
+    {.name = "exponential E 32, Ev 64", .query_length = 67, .head_dim = 32, .value_dim = 64},
+    {.name = "exponential E 97, Ev 96",
+     .dtype = kF16,
+     .heads = 1,
+     .kv_heads = 1,
+     .query_length = 67,
+     .head_dim = 97,
+     .value_dim = 96,
+     .shared_kib = 227},
+    {.name = "exponential E 128, Ev 30",
+     .heads = 1,
+     .kv_heads = 1,
+     .query_length = 17,
+     .key_length = 135,
+     .head_dim = 128,
+     .value_dim = 30,
+     .weight_magnitude = 0.5,
+     .shared_kib = 227},
+    {.name = "exponential E 40, Ev 128",
+     .heads = 1,
+     .kv_heads = 1,
+     .head_dim = 40,
+     .value_dim = 128,
+     .shared_kib = 227},
+    {.name = "exponential no values", .value_dim = 0},
+    {.name = "exponential no keys", .what = What::kExponential, .key_length = 0},
+    {.name = "exponential no features", .what = What::kExponential, .head_dim = 0, .value_dim = 3},
+    // More tiles of keys than ranges of them, and of queries.
+    {.name = "exponential ranges of keys",
+     .batch = 24,
+     .heads = 8,
+     .kv_heads = 8,
+     .query_length = 3,
+     .key_length = 280,
+     .head_dim = 3,
+     .value_dim = 2,
+     .window_right = 200},
+    // layouts
+    {.name = "exponential heads inside",
+     .batch = 2,
+     .heads = 3,
+     .kv_heads = 3,
+     .head_dim = 16,
+     .value_dim = 8,
+     .layout = Layout::kHeadsInside},
+    {.name = "exponential every other feature",
+     .dtype = kF16,
+     .value_dim = 24,
+     .layout = Layout::kEveryOther},
+    {.name = "exponential shared batch", .batch = 2, .layout = Layout::kSharedBatch},
+    // grouped heads, weights
+    {.name = "exponential grouped heads",
+     .batch = 2,
+     .heads = 6,
+     .kv_heads = 2,
+     .query_length = 40,
+     .key_length = 50},
+    {.name = "exponential weight per sample", .batch = 2, .weight_per_batch = true},
+    {.name = "exponential one weight", .batch = 2, .weight_per_head = false},
+    // masks
+    {.name = "exponential bool mask",
+     .batch = 2,
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kBool},
+    {.name = "exponential bool mask of keys",
+     .dtype = kF16,
+     .batch = 2,
+     .mask = MaskKind::kBool,
+     .mask_broadcast = {false, true, true, false}},
+    {.name = "exponential float mask", .batch = 2, .mask = MaskKind::kFloat},
+    {.name = "exponential bf16 mask", .dtype = kBF16, .mask = MaskKind::kFloat},
+    {.name = "exponential bf16, float32 mask",
+     .dtype = kBF16,
+     .mask = MaskKind::kFloat,
+     .float32_mask = true},
+    {.name = "exponential mask of lowest numbers",
+     .mask = MaskKind::kFloat,
+     .special = Special::kLowestMask},
+    {.name = "exponential blocks hidden by a mask",
+     .query_length = 70,
+     .key_length = 330,
+     .mask = MaskKind::kBool,
+     .special = Special::kHiddenBlocks},
+    // ranges of keys
+    {.name = "exponential causal, long",
+     .query_length = 131,
+     .key_length = 131,
+     .window_right = 0},
+    {.name = "exponential window",
+     .query_length = 131,
+     .key_length = 100,
+     .window_left = 9,
+     .window_right = 3,
+     .query_offset = -20},
+    {.name = "exponential lengths, starts, offsets",
+     .batch = 3,
+     .lengths = true,
+     .starts = true,
+     .offsets = true,
+     .window_right = 0},
+    {.name = "exponential grouped heads, window",
+     .heads = 4,
+     .kv_heads = 2,
+     .query_length = 100,
+     .key_length = 90,
+     .window_left = 20,
+     .window_right = 0,
+     .query_offset = 5},
+    {.name = "exponential rows without a key", .window_right = 0, .query_offset = -12},
+    {.name = "exponential no row has a key", .window_right = 0, .query_offset = -100},
+    // ALiBi, dropout, lse
+    {.name = "exponential slopes, causal",
+     .heads = 4,
+     .query_length = 70,
+     .key_length = 131,
+     .offsets = true,
+     .slopes = true,
+     .window_right = 0},
+    {.name = "exponential dropout",
+     .batch = 2,
+     .query_length = 66,
+     .key_length = 67,
+     .dropout_p = 0.3},
+    {.name = "exponential f16 dropout, mask",
+     .dtype = kF16,
+     .mask = MaskKind::kBool,
+     .dropout_p = 0.6},
+    {.name = "exponential dropout of all", .dropout_p = 1.0},
+    {.name = "exponential lse gradient", .batch = 2, .window_right = 0, .grad_lse = true},
+    // numbers that must not spread
+    {.name = "exponential NaN behind a mask",
+     .mask = MaskKind::kBool,
+     .special = Special::kNanBehindMask,
+     .redo = Redo::kAll},
+    {.name = "exponential NaN behind lengths",
+     .lengths = true,
+     .special = Special::kNanBehindMask},
+    {.name = "exponential inf behind lengths",
+     .lengths = true,
+     .special = Special::kInfBehindMask},
+    {.name = "exponential NaN inside",
+     .query_length = 70,
+     .window_right = 0,
+     .query_offset = -15,
+     .special = Special::kNanInside,
+     .redo = Redo::kSome},
+    // the range
+    {.name = "exponential four features",
+     .query_length = 70,
+     .key_length = 70,
+     .magnitude = 5.5,
+     .weight_magnitude = 0.5,
+     .special = Special::kRange},
+    {.name = "exponential two features",
+     .query_length = 70,
+     .key_length = 70,
+     .magnitude = 11,
+     .weight_magnitude = 0.5,
+     .special = Special::kRange},
+    {.name = "exponential beyond",
+     .magnitude = 11.0625,
+     .weight_magnitude = 0.5,
+     .special = Special::kRange,
+     .redo = Redo::kAll},
+    {.name = "exponential N(0, 50)", .magnitude = 50, .redo = Redo::kAll},
+    {.name = "exponential N(0, 1e4)", .magnitude = 1e4, .redo = Redo::kAll},
+    {.name = "exponential saturated queries",
+     .special = Special::kSaturatedQueries,
+     .largest_term = 1,  // dw is 0, a sum of all g
+     .redo = Redo::kAll},
+    {.name = "exponential one huge key",
+     .query_length = 70,
+     .key_length = 67,
+     .head_dim = 40,
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
+    {.name = "exponential huge numbers", .special = Special::kHugeScores, .redo = Redo::kSome},
+    {.name = "exponential large weights", .weight_magnitude = 30},
+    {.name = "exponential huge weights",
+     .weight_magnitude = 1e8,
+     .scale = 1e-8,
+     .redo = Redo::kAll},
+    // which tiles of queries are left to the generic kernel in forward
+    {.name = "exponential forward",
+     .what = What::kExponential,
+     .query_length = 131,
+     .key_length = 131,
+     .window_right = 0},
+    {.name = "exponential forward, one huge key",
+     .what = What::kExponential,
+     .query_length = 70,
+     .key_length = 67,
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
+    {.name = "exponential forward, beyond",
+     .what = What::kExponential,
+     .magnitude = 50,
+     .redo = Redo::kAll},
+};
+
+template <std::size_t n>
+void run() {
+  run_case(exponential(cases[n]));
+}
+
+template <std::size_t... n>
+std::vector<testing::Test> all(std::index_sequence<n...>) {
+  return {testing::Test(cases[n].name, run<n>)...};
+}
+
+AttentionProblem anchor() {
+  AttentionProblem p;
+  p.score = ScoreKind::kAdditive;
+  p.batch = 8;
+  p.heads = p.kv_heads = 8;
+  p.query_length = p.key_length = 1024;
+  p.head_dim = p.value_dim = 64;
+  return p;
+}
+
+void refusals() {
+  using namespace torch_selfattn::kernels::cuda::sm80;
+  const auto refused = [](auto change) {
+    AttentionProblem p = anchor();
+    bool bias_gradients = false;
+    DeviceLimits device{8, 110 * 1024};
+    change(bias_gradients, p, device);
+    return additive_exponential_backward_not_supported(p, bias_gradients, device) != nullptr;
+  };
+  const auto refused_forward = [](auto change) {
+    AttentionProblem p = anchor();
+    DeviceLimits device{8, 99 * 1024};
+    change(p, device);
+    return additive_exponential_not_supported(p, device) != nullptr;
+  };
+  CHECK(!refused([](auto&, auto&, auto&) {}));
+  CHECK(!refused([](auto&, auto& p, auto& device) {
+    p.head_dim = p.value_dim = 128;
+    device.shared_bytes_per_block = 227 * 1024;
+  }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 65; }));  // too little shared memory
+  CHECK(refused([](auto&, auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.activation = Activation::kLeakyRelu; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.dtype = DType::kFloat64; }));
+  CHECK(refused([](auto&, auto&, auto& device) { device.capability_major = 7; }));
+  CHECK(refused([](auto& bias_gradients, auto&, auto&) { bias_gradients = true; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 0; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 129; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.value_dim = 129; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.key_length = 0; }));
+  CHECK(refused([](auto&, auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
+  CHECK(!refused_forward([](auto&, auto&) {}));
+  CHECK(!refused_forward([](auto& p, auto&) { p.key_length = 0; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.activation = Activation::kLeakyRelu; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.dtype = DType::kFloat64; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.head_dim = 129; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.value_dim = 129; }));
+  CHECK(refused_forward([](auto&, auto& device) { device.shared_bytes_per_block = 48 * 1024; }));
+  CHECK(refused_forward([](auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
+}
+
+// Enough blocks for a GPU, and memory that grows with the length, not with its square.
+void ranges() {
+  using torch_selfattn::kernels::cuda::sm80::ExponentialWorkspace;
+  const auto workspace = [](std::int64_t heads, std::int64_t length) {
+    AttentionProblem p = anchor();
+    p.batch = 1;
+    p.heads = p.kv_heads = heads;
+    p.query_length = p.key_length = length;
+    return ExponentialWorkspace::of(p, nullptr, 0);
+  };
+  const auto anchored = workspace(64, 1024);
+  CHECK(anchored.key_ranges == 8);
+  CHECK(anchored.query_ranges == 1);
+  const auto one_head = workspace(1, 1024);
+  CHECK(one_head.key_ranges == 16);
+  CHECK(one_head.query_ranges >= 8);
+  for (const std::int64_t heads : {1, 16, 512}) {
+    const auto w = workspace(heads, 65536);
+    CHECK(w.key_ranges * w.keys_of_range >= w.key_tiles);
+    CHECK(w.query_ranges * w.queries_of_range >= w.query_tiles);
+    CHECK(w.bytes <= 9 * 4 * heads * 65536 * 64 + (std::int64_t{1} << 30));
+  }
+}
+
+const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const testing::Test other_tests[] = {{"exponential refusals", refusals},
+                                     {"exponential ranges", ranges}};
+
+}  // namespace
