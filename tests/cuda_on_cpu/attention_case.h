@@ -272,11 +272,10 @@ class ExponentialRun {
     const testing::DeviceArray<char> workspace(
         static_cast<std::size_t>(cuda::sm80::additive_exponential_workspace_bytes(p)));
     CHECK(cuda::sm80::additive_exponential_forward(call, workspace.data(), nullptr) == cudaSuccess);
-    const std::int64_t tiles =
-        p.batch * p.heads * ((p.query_length + cuda::sm80::kTileTokens - 1) / cuda::sm80::kTileTokens);
+    const auto memory = cuda::sm80::ExponentialForwardWorkspace::of(p, workspace.data());
     if (case_.what == What::kExponential) {
-      const auto* const flags = reinterpret_cast<const std::uint8_t*>(workspace.data());
-      check_redo(case_, count_flags(workspace, flags, tiles), tiles);
+      const std::int64_t tiles = p.batch * p.heads * memory.operands.query.tiles;
+      check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
     }
   }
 

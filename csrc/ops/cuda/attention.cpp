@@ -50,6 +50,7 @@ const ForwardImplementation forward_implementations[] = {
     {"flash", flash_not_supported, flash_forward},
     {"efficient", efficient_not_supported, efficient_forward},
     {kAdditiveGroup, additive_group_not_supported, additive_group_forward},
+    {kAdditiveExponential, additive_exponential_not_supported, additive_exponential_forward},
     {"generic", generic_not_supported, generic_forward},
 };
 
@@ -57,6 +58,8 @@ const BackwardImplementation backward_implementations[] = {
     {"cudnn", cudnn_backward_not_supported, cudnn_backward},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
+    {kAdditiveExponential, additive_exponential_backward_not_supported,
+     additive_exponential_backward},
     {kAdditiveGroup, additive_group_backward_not_supported, additive_group_backward},
     {"generic", generic_backward_not_supported, generic_backward},
 };

@@ -1,6 +1,8 @@
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/launch_sequence.h"
 #include "kernels/cuda/sm80/additive_exponential.h"
 #include "kernels/cuda/sm80/additive_exponential_gradients.cuh"
+#include "kernels/cuda/sm80/additive_exponential_prepare.h"
 
 namespace torch_selfattn::kernels::cuda::sm80 {
 
@@ -10,44 +12,14 @@ ExponentialWorkspace workspace_of(const AttentionProblem& p, void* memory) {
   return ExponentialWorkspace::of(p, memory, attention_backward_workspace_bytes(p));
 }
 
-// Launches on one stream, up to the first error.
-class Launches {
- public:
-  explicit Launches(cudaStream_t stream) : stream_(stream) {}
-
-  template <typename Launch>
-  void then(Launch launch) {
-    if (error_ == cudaSuccess) error_ = launch();
-  }
-  template <typename... Parameters, typename... Arguments>
-  void run(void (*kernel)(Parameters...), std::int64_t blocks, std::int64_t bytes,
-           const Arguments&... arguments) {
-    if (blocks == 0) return;
-    then([&] {
-      return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                    static_cast<std::size_t>(bytes), stream_, arguments...);
-    });
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  cudaStream_t stream_;
-  cudaError_t error_ = cudaSuccess;
-};
-
 }  // namespace
 
 const char* additive_exponential_backward_not_supported(const AttentionProblem& p,
                                                         bool bias_gradients,
                                                         const DeviceLimits& device) {
-  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
-  if (p.activation != Activation::kTanh) return "it has tanh only";
-  if (p.dtype == DType::kFloat64) return "it computes in float32";
-  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
+  if (const char* reason = exponential_form_not_supported(p, device)) return reason;
   if (bias_gradients) return "it has no gradient of a mask or of ALiBi slopes";
   if (p.head_dim < 1) return "the queries have no elements";
-  if (p.head_dim > kMostExponentialDims) return "the head dim of query and key is above 128";
-  if (p.value_dim > kMostExponentialDims) return "the head dim of value is above 128";
   if (p.key_length == 0 || p.query_length == 0 || p.batch * p.heads == 0) {
     return "there are no queries or no keys";
   }
@@ -75,30 +47,32 @@ cudaError_t additive_exponential_backward(const AttentionBackward& call, void* m
   const auto workspace = workspace_of(p, memory);
   const std::int64_t kv_rows = p.batch * p.kv_heads;
   const auto blocks = [](std::int64_t threads) { return (threads + kThreads - 1) / kThreads; };
-  Launches launches(stream);
-  launches.run(additive_exponential_begin_kernel, blocks(kv_rows), 0, workspace.redo, kv_rows);
+  LaunchSequence launches(stream);
+  launches.run(additive_exponential_begin_kernel, blocks(kv_rows), kThreads, 0, workspace.redo,
+               kv_rows);
+  launches.then([&] { return prepare_operands(p, workspace.operands, &call.grad_out, stream); });
   launches.then([&] { return attention_backward_statistics(call, workspace.generic, stream); });
   with_exponential_width(p, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launches.run(additive_exponential_gradients_kernel<kWidth>, workspace.blocks(p),
+    launches.run(additive_exponential_gradients_kernel<kWidth>, workspace.blocks(p), kThreads,
                  4 * ExponentialTile<kWidth>::kBackward, call, workspace);
   });
   const auto sum = [&](const float* parts, const View& gradient, std::int64_t heads,
                        std::int64_t count, std::int64_t tokens, std::int64_t columns,
                        std::int64_t dims) {
-    const GradientParts of = {parts,           gradient, p.dtype, heads,
-                              p.batch * heads, count,    tokens,  columns, dims};
-    launches.run(additive_exponential_sum_kernel, of.blocks(), 0, of);
+    const GradientParts of = {parts, gradient, p.dtype, heads, p.batch * heads,
+                              count, tokens,   columns, dims};
+    launches.run(additive_exponential_sum_kernel, of.blocks(), kThreads, 0, of);
   };
   const std::int64_t key_parts = p.group_size() * workspace.query_ranges;
   sum(workspace.query_parts, call.grad_query, p.heads, workspace.key_ranges, p.query_length,
       workspace.features, p.head_dim);
   sum(workspace.key_parts, call.grad_key, p.kv_heads, key_parts, p.key_length, workspace.features,
       p.head_dim);
-  sum(workspace.value_parts, call.grad_value, p.kv_heads, key_parts, p.key_length,
-      workspace.values, p.value_dim);
-  launches.run(additive_exponential_weight_kernel, blocks(p.batch * p.heads * p.head_dim), 0, p,
-               workspace);
+  sum(workspace.value_parts, call.grad_value, p.kv_heads, key_parts, p.key_length, workspace.values,
+      p.value_dim);
+  launches.run(additive_exponential_weight_kernel, blocks(p.batch * p.heads * p.head_dim), kThreads,
+               0, p, workspace);
   launches.then([&] {
     return attention_backward_gradients(call, workspace.generic, stream, workspace.redo);
   });

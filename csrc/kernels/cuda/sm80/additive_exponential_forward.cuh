@@ -5,76 +5,94 @@
 
 // Forward by the exponential form. A block owns 64 queries of one (batch, head) and goes over the
 // tiles of 64 keys that one of them may see:
-//   e^2k and values to shared memory -> scores -> online softmax -> weights to shared memory
+//   scores -> online softmax -> weights to shared memory
 //   -> out = out * factor + weights V, warps of 16 queries by half of the values
-// It ends at once where a number is beyond the range, and leaves the tile to the generic kernel.
-// Traffic: q once; k and v once per tile of queries, from L2 for all but the first.
-// Bound: issue. At B H = 64, L = 1024, E = 64, 4.3e9 pairs and features: 0.54 ms at 3.75 slots each,
-// of 132 multiprocessors at 1.755 GHz; products with V add 3 %.
+// while the next tile of keys and values is copied to shared memory. Where one of its tiles is
+// beyond the range, a block leaves its queries to the generic kernel. Traffic: prepared queries
+// once; keys and values once per tile of queries, from L2 for all but the first. Bound: issue. At B
+// H = 64, L = 1024, E = 64, 4.3e9 pairs and features: 0.54 ms at 3.75 slots each, of 132
+// multiprocessors at 1.755 GHz; the rest adds a quarter.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     additive_exponential_forward_kernel(const __grid_constant__ AttentionForward call,
-                                        std::uint8_t* redo) {
+                                        const __grid_constant__ ExponentialForwardWorkspace
+                                            workspace) {
   using Shape = ExponentialTile<kWidth>;
   constexpr int kTiles = kWidth / 16;  // of 8 values, for a warp
   const AttentionProblem& p = call.problem;
+  constexpr std::uint32_t kStages = Shape::kTokens + kWidth;
+  constexpr std::uint32_t kPairsAt = kStages + 4 * Shape::kTokens;
   float* const queries = shared_at<float>(0, Shape::kTokens);
-  float* const keys = shared_at<float>(4 * Shape::kTokens, Shape::kTokens);
-  float* const weight = shared_at<float>(8 * Shape::kTokens, kWidth);
-  float* const values = shared_at<float>(4 * Shape::kScoreOperands, Shape::kTokens);
-  float* const pairs_at =
-      shared_at<float>(4 * (Shape::kScoreOperands + Shape::kTokens), Shape::kPairs);
-  float* const factors = shared_at<float>(
-      4 * (Shape::kScoreOperands + Shape::kTokens + Shape::kPairs), kTileTokens);
+  float* const weight = shared_at<float>(4 * Shape::kTokens, kWidth);
+  float* const stages = shared_at<float>(4 * kStages, 4 * Shape::kTokens);  // keys, values; twice
+  float* const pairs_at = shared_at<float>(4 * kPairsAt, Shape::kPairs);
+  float* const factors = shared_at<float>(4 * (kPairsAt + Shape::kPairs), kTileTokens);
   const Thread me = Thread::me();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
   const int warp_row = warp % 4 * 16;
   const int warp_column = warp / 4 * (kWidth / 2);
 
   // The last tiles of a causal problem have the most keys, so they go first.
   const std::int64_t rows = p.batch * p.heads;
-  const std::int64_t tiles = (p.query_length - 1) / kTileTokens + 1;
+  const auto& [query, key, value, unused] = workspace.operands;
   const std::int64_t row = blockIdx.x % rows;
-  const std::int64_t tile = tiles - 1 - blockIdx.x / rows;
+  const std::int64_t tile = query.tiles - 1 - blockIdx.x / rows;
   const std::int64_t head = row % p.heads;
   const std::int64_t batch = row / p.heads;
-  const std::int64_t kv_head = head / p.group_size();
+  const std::int64_t kv_row = batch * p.kv_heads + head / p.group_size();
   const std::int64_t first_query = tile * kTileTokens;
   const KeyRange range = key_range_of_tile(p, batch, first_query, kTileTokens);
-  const auto key_tokens = AnyTokens::of(p.key, p.dtype, batch, kv_head, p.head_dim);
-  const auto value_tokens = AnyTokens::of(p.value, p.dtype, batch, kv_head, p.value_dim);
-  const int quads = static_cast<int>((p.head_dim + 3) / 4);
+  const std::int64_t first_tile = range.begin / kTileTokens;
+  const std::int64_t end_tile =
+      range.end > range.begin ? (range.end + kTileTokens - 1) / kTileTokens : first_tile;
+  const int quads = query.columns / 4;
   const auto dropout = DropoutFactors<float>::of(p);
 
-  const float largest_query = stage_tokens<kWidth, true>(
-      queries, AnyTokens::of(p.query, p.dtype, batch, head, p.head_dim), first_query, 0,
-      p.query_length);
-  const bool weight_beyond = stage_weight<kWidth>(weight, p, batch, head);
-  bool beyond = __syncthreads_or(weight_beyond || largest_query > kLimitOfTwo) != 0;
-  const bool queries_by_fours = __syncthreads_or(largest_query > kLimitOfFour) == 0;
+  const auto start_copy = [&](std::int64_t key_tile) {
+    if (key_tile < end_tile) {
+      float* const to = stages + key_tile % 2 * (2 * Shape::kTokens);
+      copy_tile<kWidth>(to, key.tile(kv_row, key_tile), key.columns);
+      copy_tile<kWidth>(to + Shape::kTokens, value.tile(kv_row, key_tile), value.columns);
+    }
+    cp_async_commit();
+  };
+  bool beyond = stage_weight<kWidth>(weight, p, batch, head);
+  for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
+    beyond = beyond || ((key.flag(kv_row, n) | value.flag(kv_row, n)) & kBeyond) != 0;
+  }
+  const std::uint8_t query_flag = query.flag(row, tile);
+  beyond = __syncthreads_or(beyond || (query_flag & kBeyond) != 0) != 0;
+  if (thread == 0) workspace.redo[row * query.tiles + tile] = beyond ? 1 : 0;
+  if (beyond) return;
   float weight_sum = 0;
-  for (int d = 0; d < p.head_dim; ++d) weight_sum += weight[d];
+  for (int d = 0; d < query.columns; ++d) weight_sum += weight[d];
 
+  copy_tile<kWidth>(queries, query.tile(row, tile), query.columns);
+  start_copy(first_tile);
   OnlineSoftmax<float> softmax;
   float out[kTiles][4] = {};
-  for (std::int64_t first_key = range.begin / kTileTokens * kTileTokens;
-       first_key < range.end && !beyond; first_key += kTileTokens) {
+  for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
+    const std::int64_t first_key = key_tile * kTileTokens;
     const auto pairs = Pairs::of<float>(first_query, first_key);
+    const bool plain = is_plain(p, batch, first_query, first_key);
+    bool any = true;
+    if (!plain) {
+      float bias[4][4];
+      any = load_biases_of_any(bias, p, batch, head, pairs);
+    }
+    cp_async_wait<0>();
+    any = __syncthreads_or(any) != 0;  // also: everybody is done with the stage that comes next
+    start_copy(key_tile + 1);
+    if (!any) continue;
+    const float* const keys = stages + key_tile % 2 * (2 * Shape::kTokens);
+    const bool by_fours = ((query_flag | key.flag(kv_row, key_tile)) & kByTwos) == 0;
     float s[4][4];
-    float bias[4][4];
-    if (__syncthreads_or(load_biases_of_any(bias, p, batch, head, pairs)) == 0) continue;
-    const float largest_key =
-        stage_tokens<kWidth, true>(keys, key_tokens, first_key, range.begin, range.end);
-    const float largest_value =
-        stage_tokens<kWidth, false>(values, value_tokens, first_key, range.begin, range.end);
-    beyond = __syncthreads_or(largest_key > kLimitOfTwo || !(largest_value <= kLargestValue)) != 0;
-    const bool by_fours = __syncthreads_or(largest_key > kLimitOfFour) == 0 && queries_by_fours;
-    if (beyond) break;
     score_pairs<kWidth>(s, queries, keys, weight, weight_sum, quads, by_fours);
-    finish_scores(s, bias, static_cast<float>(p.scale));
+    finish_scores_of_any(s, p, batch, head, pairs, plain);
     float rescale[4];
     softmax.update(s, rescale);
     if (dropout.active) {
@@ -94,8 +112,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     }
     __syncthreads();
     float product[kTiles][4];
-    multiply(product, {pairs_at, Shape::kPairStride, 1}, warp_row, {values, 1, Shape::kStride},
-             warp_column, kTileTokens);
+    multiply<Precision::kShortColumns>(product, {pairs_at, Shape::kPairStride, 1}, warp_row,
+                                       {keys + Shape::kTokens, 1, Shape::kStride}, warp_column,
+                                       kTileTokens, p.dtype);
     const float factor[2] = {factors[warp_row + lane / 4], factors[warp_row + lane / 4 + 8]};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -103,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
       for (int e = 0; e < 4; ++e) out[n][e] = fmaf(out[n][e], factor[e / 2], product[n][e]);
     }
   }
-  if (threadIdx.x == 0) redo[row * tiles + tile] = beyond ? 1 : 0;
-  if (beyond) return;
+  cp_async_wait<0>();
 
   __syncthreads();
   if (me.column == 0) {

@@ -5,22 +5,23 @@
 
 // Backward by the exponential form, deterministic, in one pass over the pairs: a block has a range
 // of keys and a range of queries of one (batch, head), and for each tile of them
-//   1. e^2q and dO to shared memory; dP = dO V^T, warps of 16 queries by 32 keys
+//   1. operands to shared memory; dP = dO V^T, warps of 16 queries by 32 keys
 //   2. scores, p and g = p (f dP - delta), 4 x 4 pairs a thread; p f and g to shared memory
 //   3. dv += (p f)^T dO, warps of 16 keys by half of the values
-//   4. with r = 1 / x, of which tanh = 1 - 2 r and 1 - tanh^2 = 4 (r - r^2):
-//      dq_i += sum_j g (r - r^2), dk_j += sum_i g (r - r^2), dw += sum_ij g r
-//      A lane has two features, which share a reciprocal, a warp 8 keys; it goes over the queries. So
-//      dk and dw stay in registers. dq is 8 warps' parts, which go through shared memory, 8 queries
-//      at a time, and are added to the block's part in global memory.
-// Factors w, 4 and scale are applied to sums. (r - r^2 has the absolute error of 1 - tanh^2.)
+//   4. with h = 1 / x - 1/2, of which tanh = -2 h and 1 - tanh^2 = 1 - 4 h^2:
+//      sum_j g h^2 for dq_i, sum_i g h^2 for dk_j, sum_ij g h for dw
+//      A lane has two features, which share a reciprocal, a warp 8 keys; it goes over the queries.
+//      So dk and dw stay in registers. dq is 8 warps' parts, which go through shared memory, 8
+//      queries at a time, and are added to the block's part in global memory.
+// Then dq_i = scale w (G_i - 4 sum_j g h^2) with G_i = sum_j g, which is grad_lse_i whatever the
+// inputs, so that is what is taken for it: small queries and keys, of which 1 - tanh^2 is all but
+// constant, would lose dq to the rounding of delta otherwise. dk likewise, with the sum over i.
 // Up to 32 features a warp has two queries at a time, up to 16 four.
 //
-// Counts per pair and feature: 3.75 issue slots for the scores, 7 for 4., of which half a reciprocal
-// each; 0.7 for the rest at E = Ev = 64. Bound: issue; 4.3e9 pairs and features, at B H = 64,
-// L = 1024, E = 64, take 1.65 ms of 132 multiprocessors at 1.755 GHz.
-// Traffic: a block's part of dq is read and written once per tile of keys, 2 x 16 KiB for 24 000
-// clocks of work.
+// Counts per pair and feature: 3.75 issue slots for the scores, 7 for 4., of which half a
+// reciprocal each; 0.7 for the rest at E = Ev = 64. Bound: issue; 4.3e9 pairs and features, at B H
+// = 64, L = 1024, E = 64, take 1.65 ms of 132 multiprocessors at 1.755 GHz. Traffic: a block's part
+// of dq is read and written once per tile of keys, 2 x 16 KiB for 24 000 clocks of work.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 constexpr int kWarpKeys = kTileTokens / (kThreads / 32);  // of a warp in step 4
@@ -29,30 +30,48 @@ constexpr int kSliceFeatures = 64;                        // of a warp at once
 template <int kWidth>
 struct GradientMemory {
   using Shape = ExponentialTile<kWidth>;
-  float* queries;   // exponentials
-  float* keys;      // exponentials
-  float* weight;
+  float* queries;  // exponentials
+  float* keys;     // exponentials
   float* values;
-  float* gradient;  // g, [query][key]
+  float* weight;
+  float* statistics;  // maximum, 1 / sum, delta; of 64 queries each
+  float* gradient;    // g, [query][key]
   float* grad_out;
-  float* dropped;   // dP, then p f
-  float* parts;     // of dq, in place of the two above: [2][8 warps][8 queries][64]
+  float* dropped;  // dP, then p f
+  float* parts;    // of dq, in place of the two above: [2][8 warps][8 queries][64]
 
   static __device__ __forceinline__ GradientMemory get() {
-    constexpr std::uint32_t kValues = Shape::kScoreOperands;
-    constexpr std::uint32_t kGradient = kValues + Shape::kTokens;
+    constexpr std::uint32_t kWeight = 3 * Shape::kTokens;
+    constexpr std::uint32_t kStatistics = kWeight + kWidth;
+    constexpr std::uint32_t kGradient = kStatistics + 3 * kTileTokens;
     constexpr std::uint32_t kLast = kGradient + Shape::kPairs;
     float* const last = shared_at<float>(4 * kLast, Shape::kPartsOrOperands);
     return {shared_at<float>(0, Shape::kTokens),
             shared_at<float>(4 * Shape::kTokens, Shape::kTokens),
-            shared_at<float>(8 * Shape::kTokens, kWidth),
-            shared_at<float>(4 * kValues, Shape::kTokens),
+            shared_at<float>(8 * Shape::kTokens, Shape::kTokens),
+            shared_at<float>(4 * kWeight, kWidth),
+            shared_at<float>(4 * kStatistics, 3 * kTileTokens),
             shared_at<float>(4 * kGradient, Shape::kPairs),
             last,
             last + Shape::kTokens,
             last};
   }
 };
+
+// Statistics of 64 queries from `first` on, of one (batch, head) of which row 0 is `row`, to shared
+// memory; those of queries that do not exist give p = 0 and g = 0.
+template <int kWidth>
+__device__ __forceinline__ void stage_statistics(const GradientMemory<kWidth>& memory,
+                                                 const Workspace<float>& from, std::int64_t row,
+                                                 std::int64_t first, std::int64_t length) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= kTileTokens) return;
+  const bool exists = first + thread < length;
+  const std::int64_t at = row + first + thread;
+  memory.statistics[thread] = exists ? from.maximum[at] : 0.0F;
+  memory.statistics[kTileTokens + thread] = exists ? from.inverse_sum[at] : 0.0F;
+  memory.statistics[2 * kTileTokens + thread] = exists ? from.delta[at] : 0.0F;
+}
 
 // What a block works on.
 struct ExponentialBlock {
@@ -71,30 +90,27 @@ struct ExponentialBlock {
   }
 };
 
-// p f and g of a thread's pairs, in place of dP and beside it. Returns the sum of g.
+// p f and g of a thread's pairs, in place of dP and beside it.
 template <int kWidth>
-__device__ __forceinline__ float gradients_of_pairs(
-    const AttentionBackward& call, const Workspace<float>& statistics,
-    const DropoutFactors<float>& dropout, const GradientMemory<kWidth>& memory, std::int64_t batch,
-    std::int64_t head, Pairs pairs, float weight_sum, int quads, bool by_fours) {
+__device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
+                                                   const DropoutFactors<float>& dropout,
+                                                   const GradientMemory<kWidth>& memory,
+                                                   std::int64_t batch, std::int64_t head,
+                                                   Pairs pairs, float weight_sum, int quads,
+                                                   bool by_fours, bool plain) {
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
-  const AttentionProblem& p = call.problem;
   const Thread me = Thread::me();
   float s[4][4];
-  float bias[4][4];
   score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, by_fours);
-  load_biases_of_any(bias, p, batch, head, pairs);
-  finish_scores(s, bias, static_cast<float>(p.scale));
+  finish_scores_of_any(s, p, batch, head, pairs, plain);
   float factor[4][4];
   if (dropout.active) dropout.load(factor, p, batch, head, pairs);
-  const std::int64_t first_row = (batch * p.heads + head) * p.query_length + pairs.query;
-  float sum = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const bool exists = pairs.query + r < p.query_length;
-    const float maximum = exists ? statistics.maximum[first_row + r] : 0.0F;
-    const float inverse_sum = exists ? statistics.inverse_sum[first_row + r] : 0.0F;
-    const float delta = exists ? statistics.delta[first_row + r] : 0.0F;
+    const float* const statistics = memory.statistics + 4 * me.row + r;
+    const float maximum = statistics[0];
+    const float inverse_sum = statistics[kTileTokens];
+    const float delta = statistics[2 * kTileTokens];
     const int at = (4 * me.row + r) * kPairStride + 4 * me.column;
     const float4 from_output = loaded(memory.dropped + at);
     const float grad_weights[4] = {from_output.x, from_output.y, from_output.z, from_output.w};
@@ -107,11 +123,22 @@ __device__ __forceinline__ float gradients_of_pairs(
           s[r][c] == -kInfinity<float> ? 0.0F : expf(s[r][c] - maximum) * inverse_sum;
       gradient[c] = probability == 0 ? 0.0F : probability * (f * grad_weights[c] - delta);
       dropped[c] = probability * f;
-      sum += gradient[c];
     }
     put(memory.dropped + at, {dropped[0], dropped[1], dropped[2], dropped[3]});
     put(memory.gradient + at, {gradient[0], gradient[1], gradient[2], gradient[3]});
   }
+}
+
+// The sum of g over 16 queries, those of this lane, for one of its warp's keys, lane % 8.
+template <int kWidth>
+__device__ __forceinline__ float sum_of_gradients(const GradientMemory<kWidth>& memory) {
+  constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* const from = memory.gradient + thread % 32 / kWarpKeys * 16 * kPairStride +
+                            thread / 32 * kWarpKeys + thread % kWarpKeys;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum += from[i * kPairStride];
   return sum;
 }
 
@@ -128,9 +155,9 @@ struct SlopeLanes {
   }
 };
 
-// Step 4 for 8 queries from `first` on and the features of slice `slice`: leaves this warp's part of
-// dq in `parts`, [8 queries][64].
-template <int kWidth>
+// Step 4 for 8 queries from `first` on and the features of slice `slice`: leaves this warp's part
+// of dq in `parts`, [8 queries][64].
+template <int kWidth, int kQueries>
 __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], float (&grad_weight)[2],
                                            float* parts, const GradientMemory<kWidth>& memory,
                                            const SlopeLanes& lanes, int first, int slice) {
@@ -138,21 +165,22 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int feature = slice * kSliceFeatures + lanes.feature;
   const int first_key = warp * kWarpKeys;
+  // Tokens 4 m and on are slots m, m + 16, m + 32, m + 48.
+  const float* const key = memory.keys + first_key / 4 * Shape::kStride + feature;
+  const float* const query =
+      memory.queries + (first / 4 + lanes.query * 16) * Shape::kStride + feature;
+  const float* const row = memory.gradient + (first + lanes.query) * Shape::kPairStride + first_key;
+  float* const to = parts + lanes.query * kSliceFeatures + lanes.feature;
   float2 b[kWarpKeys];
 #pragma unroll
   for (int j = 0; j < kWarpKeys; ++j) {
-    b[j] = *reinterpret_cast<const float2*>(
-        memory.keys + slot_of_token(first_key + j) * Shape::kStride + feature);
+    b[j] = *reinterpret_cast<const float2*>(key + slot_of_token(j) * Shape::kStride);
   }
-#pragma unroll 2
-  for (int n = 0; n < static_cast<int>(Shape::kPartRows); n += lanes.queries) {
-    const int local = n + lanes.query;
-    const int query = first + local;
-    const float2 a = *reinterpret_cast<const float2*>(
-        memory.queries + slot_of_token(query) * Shape::kStride + feature);
-    const float* const row = memory.gradient + query * Shape::kPairStride + first_key;
-    const float4 low = loaded(row);
-    const float4 high = loaded(row + 4);
+#pragma unroll
+  for (int n = 0; n < static_cast<int>(Shape::kPartRows); n += kQueries) {
+    const float2 a = *reinterpret_cast<const float2*>(query + slot_of_token(n) * Shape::kStride);
+    const float4 low = loaded(row + n * Shape::kPairStride);
+    const float4 high = loaded(row + n * Shape::kPairStride + 4);
     const float g[kWarpKeys] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     float2 sum = {0, 0};
 #pragma unroll
@@ -160,45 +188,57 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
       const float x0 = fmaf(a.x, b[j].x, 1.0F);
       const float x1 = fmaf(a.y, b[j].y, 1.0F);
       const float inverse = reciprocal_approx(x0 * x1);
-      const float r0 = x1 * inverse;
-      const float r1 = x0 * inverse;
-      const float y0 = fmaf(-r0, r0, r0);
-      const float y1 = fmaf(-r1, r1, r1);
-      sum.x = fmaf(g[j], y0, sum.x);
-      sum.y = fmaf(g[j], y1, sum.y);
-      grad_key[j][0] = fmaf(g[j], y0, grad_key[j][0]);
-      grad_key[j][1] = fmaf(g[j], y1, grad_key[j][1]);
-      grad_weight[0] = fmaf(g[j], r0, grad_weight[0]);
-      grad_weight[1] = fmaf(g[j], r1, grad_weight[1]);
+      const float h0 = fmaf(x1, inverse, -0.5F);
+      const float h1 = fmaf(x0, inverse, -0.5F);
+      const float z0 = h0 * h0;
+      const float z1 = h1 * h1;
+      sum.x = fmaf(g[j], z0, sum.x);
+      sum.y = fmaf(g[j], z1, sum.y);
+      grad_key[j][0] = fmaf(g[j], z0, grad_key[j][0]);
+      grad_key[j][1] = fmaf(g[j], z1, grad_key[j][1]);
+      grad_weight[0] = fmaf(g[j], h0, grad_weight[0]);
+      grad_weight[1] = fmaf(g[j], h1, grad_weight[1]);
     }
-    *reinterpret_cast<float2*>(parts + local * kSliceFeatures + lanes.feature) = sum;
+    *reinterpret_cast<float2*>(to + n * kSliceFeatures) = sum;
   }
 }
 
-// Adds the 8 warps' parts of 8 queries to the block's part of dq, of which `out` is the first
-// element of the first query; `fresh`: nothing has been added to it before.
-__device__ __forceinline__ void add_query_parts(float* out, const float* parts,
-                                                const AttentionProblem& p, std::int64_t features,
-                                                const float* weight, float factor,
-                                                std::int64_t first_query, int slice, bool fresh) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int local = thread / 32;
-  const int feature = thread % 32 * 2;
-  const int d = slice * kSliceFeatures + feature;
-  if (first_query + local >= p.query_length || d >= features) return;
-  float2 sum = {0, 0};
-#pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) {
-    const float2 x = *reinterpret_cast<const float2*>(
-        parts + (warp * (kThreads / 32) + local) * kSliceFeatures + feature);
-    sum.x += x.x;
-    sum.y += x.y;
+// What a thread adds up of the block's part of dq: of 8 queries, whose 8 warps' parts are in shared
+// memory, two features of one.
+struct QueryPart {
+  float2* to;  // in global memory; null: nothing
+  int at;      // in the parts of a warp
+  float2 before;
+
+  // Reads what was added before, well before it is needed. `out` is the first element of the first
+  // of the queries; `left` of them exist.
+  static __device__ __forceinline__ QueryPart of(float* out, std::int64_t left,
+                                                 std::int64_t features, int slice) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int local = thread / 32;
+    const int feature = thread % 32 * 2;
+    const int d = slice * kSliceFeatures + feature;
+    QueryPart part = {nullptr, local * kSliceFeatures + feature, {0, 0}};
+    if (local >= left || d >= features) return part;
+    part.to = reinterpret_cast<float2*>(out + local * features + d);
+    part.before = *part.to;
+    return part;
   }
-  float2* const to = reinterpret_cast<float2*>(out + local * features + d);
-  float2 before = {0, 0};
-  if (!fresh) before = *to;
-  *to = {fmaf(factor * weight[d], sum.x, before.x), fmaf(factor * weight[d + 1], sum.y, before.y)};
-}
+
+  __device__ __forceinline__ void add(const float* parts, const float* weight, float factor) const {
+    if (to == nullptr) return;
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      const float2 x =
+          *reinterpret_cast<const float2*>(parts + warp * (kThreads / 32) * kSliceFeatures + at);
+      sum.x += x.x;
+      sum.y += x.y;
+    }
+    const float* const w = weight + at % kSliceFeatures;
+    *to = {fmaf(factor * w[0], sum.x, before.x), fmaf(factor * w[1], sum.y, before.y)};
+  }
+};
 
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
@@ -222,82 +262,93 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   const int warp_row = warp % 4 * 16;
   const int warp_column = warp / 4 * (kWidth / 2);
   const int warp_key = warp / 4 * 32;
-  const int quads = static_cast<int>((p.head_dim + 3) / 4);
-  const int value_depth = static_cast<int>((p.value_dim + 7) / 8 * 8);
+  const int quads = workspace.operands.query.columns / 4;
   const int slices = static_cast<int>((p.head_dim + kSliceFeatures - 1) / kSliceFeatures);
 
   const std::int64_t head = block.row % p.heads;
   const std::int64_t batch = block.row / p.heads;
   const std::int64_t kv_head = head / p.group_size();
-  const auto query_tokens = AnyTokens::of(p.query, p.dtype, batch, head, p.head_dim);
-  const auto key_tokens = AnyTokens::of(p.key, p.dtype, batch, kv_head, p.head_dim);
-  const auto value_tokens = AnyTokens::of(p.value, p.dtype, batch, kv_head, p.value_dim);
-  const auto grad_tokens = AnyTokens::of(call.grad_out, p.dtype, batch, head, p.value_dim);
+  const std::int64_t kv_row = batch * p.kv_heads + kv_head;
+  const auto& [query, key, value, grad_out] = workspace.operands;
   const float scale = static_cast<float>(p.scale);
   float* const query_part =
       workspace.query_parts +
       (block.row * workspace.key_ranges + block.key_range) * p.query_length * workspace.features;
   const std::int64_t key_part = block.row * workspace.query_ranges + block.query_range;
-
-  bool beyond = stage_weight<kWidth>(memory.weight, p, batch, head);
-  __syncthreads();
-  float weight_sum = 0;
-  for (int d = 0; d < p.head_dim; ++d) weight_sum += memory.weight[d];
-  float grad_weight[kSlices][2] = {};
-  float gradient_sum = 0;
-
   const std::int64_t first_tile = block.key_range * workspace.keys_of_range;
-  const std::int64_t end_tile = min(first_tile + workspace.keys_of_range, workspace.key_tiles);
+  const std::int64_t end_tile = min(first_tile + workspace.keys_of_range, key.tiles);
   const std::int64_t first_query_tile = block.query_range * workspace.queries_of_range;
   const std::int64_t end_query_tile =
-      min(first_query_tile + workspace.queries_of_range, workspace.query_tiles);
+      min(first_query_tile + workspace.queries_of_range, query.tiles);
+
+  bool beyond = stage_weight<kWidth>(memory.weight, p, batch, head);
+  for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
+    beyond = beyond || ((key.flag(kv_row, n) | value.flag(kv_row, n)) & kBeyond) != 0;
+  }
+  for (std::int64_t n = first_query_tile + thread; n < end_query_tile; n += kThreads) {
+    beyond = beyond || ((query.flag(block.row, n) | grad_out.flag(block.row, n)) & kBeyond) != 0;
+  }
+  if (__syncthreads_or(beyond) != 0) {
+    if (thread == 0) atomicMax(workspace.redo + kv_row, 1U);
+    return;
+  }
+  float weight_sum = 0;
+  for (int d = 0; d < query.columns; ++d) weight_sum += memory.weight[d];
+  float grad_weight[kSlices][2] = {};
+
+  // The part of dq begins as scale w G_i, of the first range of keys, or as 0.
+  const std::int64_t first_row = first_query_tile * kTileTokens;
+  const std::int64_t end_row = min(end_query_tile * kTileTokens, p.query_length);
+  const auto* const grad_lse = static_cast<const float*>(call.grad_lse);
+  for (std::int64_t n = thread; n < (end_row - first_row) * (workspace.features / 4);
+       n += kThreads) {
+    const std::int64_t i = first_row + n / (workspace.features / 4);
+    const int d = static_cast<int>(n % (workspace.features / 4)) * 4;
+    const std::int64_t at = block.row * p.query_length + i;
+    float sum = 0;
+    if (grad_lse != nullptr && block.key_range == 0 &&
+        statistics.maximum[at] != -kInfinity<float> && statistics.inverse_sum[at] != 0) {
+      sum = scale * grad_lse[at];
+    }
+    const float* const w = memory.weight + d;
+    put(query_part + i * workspace.features + d, {w[0] * sum, w[1] * sum, w[2] * sum, w[3] * sum});
+  }
+
   for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
     const std::int64_t first_key = key_tile * kTileTokens;
-    const bool fresh = key_tile == first_tile;
-    const KeyRange existing = key_range(p, batch);
+    cp_async_wait<0>();
     __syncthreads();
-    const float largest_key = stage_tokens<kWidth, true>(memory.keys, key_tokens, first_key,
-                                                         existing.begin, existing.end);
-    const float largest_value = stage_tokens<kWidth, false>(memory.values, value_tokens, first_key,
-                                                            existing.begin, existing.end);
-    beyond = beyond || largest_key > kLimitOfTwo || !(largest_value <= kLargestValue);
-    const bool keys_by_fours = __syncthreads_or(largest_key > kLimitOfFour) == 0;
+    copy_tile<kWidth>(memory.keys, key.tile(kv_row, key_tile), key.columns);
+    copy_tile<kWidth>(memory.values, value.tile(kv_row, key_tile), value.columns);
+    cp_async_commit();
 
     float grad_key[kSlices][kWarpKeys][2] = {};
     float grad_value[kTiles][4] = {};
+    float gradient_sum = 0;  // of one of the warp's keys over a quarter of the queries
     for (std::int64_t tile = first_query_tile; tile < end_query_tile; ++tile) {
       const std::int64_t first_query = tile * kTileTokens;
       const auto pairs = Pairs::of<float>(first_query, first_key);
       const KeyRange range = key_range_of_tile(p, batch, first_query, kTileTokens);
       bool any = range.begin < first_key + kTileTokens && range.end > first_key;
+      const bool plain = is_plain(p, batch, first_query, first_key);
       if (any && p.mask_kind != MaskKind::kNone) {
         float bias[4][4];
         any = __syncthreads_or(load_biases_of_any(bias, p, batch, head, pairs)) != 0;
       }
-      float* const query_out = query_part + first_query * workspace.features;
-      if (!any) {
-        if (!fresh) continue;
-        const std::int64_t count =
-            min(p.query_length - first_query, std::int64_t{kTileTokens}) * workspace.features;
-        for (std::int64_t n = thread; n < count; n += kThreads) query_out[n] = 0;
-        continue;
-      }
+      if (!any) continue;
       __syncthreads();
-      const float largest_query =
-          stage_tokens<kWidth, true>(memory.queries, query_tokens, first_query, 0, p.query_length);
-      const float largest_grad = stage_tokens<kWidth, false>(memory.grad_out, grad_tokens,
-                                                             first_query, 0, p.query_length);
-      beyond = beyond || largest_query > kLimitOfTwo || !(largest_grad <= kLargestValue);
-      const bool by_fours = __syncthreads_or(largest_query > kLimitOfFour) == 0 && keys_by_fours;
-      if (__syncthreads_or(beyond) != 0) {
-        if (thread == 0) {
-          atomicMax(workspace.redo + batch * p.kv_heads + kv_head, 1U);
-        }
-        return;
-      }
+      copy_tile<kWidth>(memory.queries, query.tile(block.row, tile), query.columns);
+      copy_tile<kWidth>(memory.grad_out, grad_out.tile(block.row, tile), grad_out.columns);
+      cp_async_commit();
+      stage_statistics(memory, statistics, block.row * p.query_length, first_query, p.query_length);
+      const bool by_fours =
+          ((query.flag(block.row, tile) | key.flag(kv_row, key_tile)) & kByTwos) == 0;
+      cp_async_wait<0>();
+      __syncthreads();
       float product[4][4];
-      multiply(product, {memory.grad_out, Shape::kStride, 1}, warp_row,
-               {memory.values, Shape::kStride, 1}, warp_key, value_depth);
+      multiply<Precision::kShort>(product, {memory.grad_out, Shape::kStride, 1}, warp_row,
+                                  {memory.values, Shape::kStride, 1}, warp_key, value.columns,
+                                  p.dtype);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         float* const to = memory.dropped + (warp_row + lane / 4) * Shape::kPairStride + warp_key +
@@ -306,13 +357,15 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
         *reinterpret_cast<float2*>(to + 8 * Shape::kPairStride) = {product[n][2], product[n][3]};
       }
       __syncthreads();
-      gradient_sum += gradients_of_pairs(call, statistics, dropout, memory, batch, head, pairs,
-                                         weight_sum, quads, by_fours);
+      gradients_of_pairs(p, dropout, memory, batch, head, pairs, weight_sum, quads, by_fours,
+                         plain);
       __syncthreads();
+      gradient_sum += sum_of_gradients(memory);
       if (p.value_dim > 0) {
         float of_tile[kTiles][4];
-        multiply(of_tile, {memory.dropped, 1, Shape::kPairStride}, warp_row,
-                 {memory.grad_out, 1, Shape::kStride}, warp_column, kTileTokens);
+        multiply<Precision::kShortColumns>(of_tile, {memory.dropped, 1, Shape::kPairStride},
+                                           warp_row, {memory.grad_out, 1, Shape::kStride},
+                                           warp_column, kTileTokens, p.dtype);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -326,11 +379,22 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
 #pragma unroll 1
         for (int first = 0; first < kTileTokens; first += kPartRows) {
           float* const parts = memory.parts + first / kPartRows % 2 * kPartSize;
-          add_slopes<kWidth>(grad_key[slice], grad_weight[slice],
-                             parts + warp * kPartRows * kSliceFeatures, memory, lanes, first, slice);
+          const std::int64_t i = first_query + first;
+          const auto query_sum = QueryPart::of(query_part + i * workspace.features,
+                                               p.query_length - i, workspace.features, slice);
+          float* const part = parts + warp * kPartRows * kSliceFeatures;
+          if (lanes.queries == 1) {
+            add_slopes<kWidth, 1>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
+                                  slice);
+          } else if (lanes.queries == 2) {
+            add_slopes<kWidth, 2>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
+                                  slice);
+          } else {
+            add_slopes<kWidth, 4>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
+                                  slice);
+          }
           __syncthreads();
-          add_query_parts(query_out + first * workspace.features, parts, p, workspace.features,
-                          memory.weight, 4 * scale, first_query + first, slice, fresh);
+          query_sum.add(parts, memory.weight + slice * kSliceFeatures, -4 * scale);
         }
       }
     }
@@ -347,6 +411,14 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
         *reinterpret_cast<float2*>(to + d) = {grad_value[n][2 * half], grad_value[n][2 * half + 1]};
       }
     }
+    // All lanes of a key have its sum, then all keys' sums.
+#pragma unroll
+    for (int other = kWarpKeys; other < 32; other *= 2) {
+      gradient_sum += __shfl_xor_sync(~0U, gradient_sum, other);
+    }
+    float sums[kWarpKeys];
+#pragma unroll
+    for (int j = 0; j < kWarpKeys; ++j) sums[j] = __shfl_sync(~0U, gradient_sum, j);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       const int d = slice * kSliceFeatures + lanes.feature;
@@ -359,25 +431,20 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
             x += __shfl_xor_sync(~0U, x, other);
           }
         }
-        const std::int64_t key = first_key + warp * kWarpKeys + j;
-        if (lanes.query != 0 || key >= p.key_length || d >= workspace.features) continue;
+        const std::int64_t j_global = first_key + warp * kWarpKeys + j;
+        if (lanes.query != 0 || j_global >= p.key_length || d >= workspace.features) continue;
         *reinterpret_cast<float2*>(
-            workspace.key_parts + (key_part * p.key_length + key) * workspace.features + d) = {
-            4 * scale * memory.weight[d] * grad_key[slice][j][0],
-            4 * scale * memory.weight[d + 1] * grad_key[slice][j][1]};
+            workspace.key_parts + (key_part * p.key_length + j_global) * workspace.features + d) = {
+            scale * memory.weight[d] * fmaf(-4.0F, grad_key[slice][j][0], sums[j]),
+            scale * memory.weight[d + 1] * fmaf(-4.0F, grad_key[slice][j][1], sums[j])};
       }
     }
   }
 
-  // The part of dw: sum g tanh = sum g - 2 sum g r, over the warps in order.
+  // The part of dw: sum g tanh, over the warps in order.
+  cp_async_wait<0>();
   __syncthreads();
-  float* const sums = memory.parts;  // [8 warps][kWidth], then of g
-  float* const sums_of_g = sums + kThreads / 32 * kWidth;
-#pragma unroll
-  for (int lanes_left = 16; lanes_left > 0; lanes_left /= 2) {
-    gradient_sum += __shfl_xor_sync(~0U, gradient_sum, lanes_left);
-  }
-  if (lane == 0) sums_of_g[warp] = gradient_sum;
+  float* const sums = memory.parts;  // [8 warps][kWidth]
 #pragma unroll
   for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
@@ -391,16 +458,12 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   }
   __syncthreads();
   if (thread < workspace.features) {
-    float of_r = 0;
-    float of_g = 0;
-    for (int other = 0; other < kThreads / 32; ++other) {
-      of_r += sums[other * kWidth + thread];
-      of_g += sums_of_g[other];
-    }
-    const std::int64_t part = (block.row * workspace.key_ranges + block.key_range) *
-                                  workspace.query_ranges +
-                              block.query_range;
-    workspace.weight_parts[part * workspace.features + thread] = of_g - 2 * of_r;
+    float sum = 0;
+    for (int other = 0; other < kThreads / 32; ++other) sum += sums[other * kWidth + thread];
+    const std::int64_t part =
+        (block.row * workspace.key_ranges + block.key_range) * workspace.query_ranges +
+        block.query_range;
+    workspace.weight_parts[part * workspace.features + thread] = -2 * sum;
   }
 }
 

@@ -3,12 +3,14 @@
 #include <type_traits>
 
 #include "kernels/cuda/sm80/additive_group_workspace.h"
+#include "kernels/cuda/sm80/device_limits.h"
 
 // Sizes of the exponential form, and what its kernels leave for one another.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 constexpr int kTileTokens = 64;  // queries and keys of a tile; the tile of the generic kernel
 constexpr int kMostExponentialDims = 128;
+constexpr double kLargestScale = 0x1p60;  // with the largest weight, scores are far from overflow
 
 // Shared memory of a block, in floats. kWidth: features and values, 64 or 128.
 template <int kWidth>
@@ -19,17 +21,35 @@ struct ExponentialTile {
   static constexpr std::uint32_t kTokens = kTileTokens * kStride;     // 64 tokens
   static constexpr std::uint32_t kPairs = kTileTokens * kPairStride;  // 64 x 64 pairs
 
-  // Queries, keys, weight.
-  static constexpr std::uint32_t kScoreOperands = 2 * kTokens + kWidth;
-  // Forward: values, weights of pairs, factors of rows.
-  static constexpr std::uint32_t kForward = kScoreOperands + kTokens + kPairs + kTileTokens;
-  // Backward: values, g; gradients of the output and p, in place of which come the parts of dq.
+  // Queries, weight; two stages of keys and values; weights of pairs, factors of rows.
+  static constexpr std::uint32_t kForward = kTokens + kWidth + 4 * kTokens + kPairs + kTileTokens;
+
+  // Queries, keys, values, weight; statistics of the queries; g; gradients of the output and p, in
+  // place of which come the parts of dq.
   static constexpr std::uint32_t kPartRows = 8;  // queries of which 8 warps leave parts at once
   static constexpr std::uint32_t kParts = 2 * 8 * kPartRows * 64;
   static constexpr std::uint32_t kPartsOrOperands =
       kTokens + kPairs > kParts ? kTokens + kPairs : kParts;
-  static constexpr std::uint32_t kBackward = kScoreOperands + kTokens + kPairs + kPartsOrOperands;
+  static constexpr std::uint32_t kBackward =
+      3 * kTokens + kWidth + 3 * kTileTokens + kPairs + kPartsOrOperands;
 };
+
+// What both passes ask of a problem: a reason against it, or null.
+inline const char* exponential_form_not_supported(const AttentionProblem& p,
+                                                  const DeviceLimits& device) {
+  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
+  if (p.activation != Activation::kTanh) return "it has tanh only";
+  if (p.dtype == DType::kFloat64) return "it computes in float32";
+  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
+  if (p.head_dim > kMostExponentialDims) return "the head dim of query and key is above 128";
+  if (p.value_dim > kMostExponentialDims) return "the head dim of value is above 128";
+  if (!(p.scale <= kLargestScale && p.scale >= -kLargestScale)) return "the scale is above 2^60";
+  const std::int64_t tokens = p.query_length + p.key_length + 2 * kTileTokens;
+  if (p.batch * p.heads * 2 * (tokens / kTileTokens) > 0x7fffffff) {
+    return "more than 2^31 tiles of work, split the batch";
+  }
+  return nullptr;
+}
 
 // body(std::integral_constant<int, width>)
 template <typename Body>
@@ -39,20 +59,81 @@ auto with_exponential_width(const AttentionProblem& p, Body body) {
                     : body(std::integral_constant<int, 128>());
 }
 
-// Forward leaves the tiles of queries that the generic kernel takes: (B, H, query tiles) bytes.
+// Flags of a tile of a prepared tensor: one of its numbers is beyond the range, or too large for
+// four features to share a reciprocal.
+constexpr std::uint8_t kBeyond = 1;
+constexpr std::uint8_t kByTwos = 2;
+
+// A tensor as the kernels read it: float32, or e^2x of that; tiles of 64 tokens, zeros where there
+// is no token.
+struct PreparedTensor {
+  std::int64_t tiles = 0;
+  int columns = 0;                // a multiple of 4 for exponentials, of 8 for others
+  float* data = nullptr;          // (B, heads, tiles, 64, columns)
+  std::uint8_t* flags = nullptr;  // (B, heads, tiles)
+
+  static PreparedTensor of(Carver& carver, std::int64_t rows, std::int64_t length,
+                           std::int64_t dims, int multiple) {
+    PreparedTensor t;
+    t.tiles = (length + kTileTokens - 1) / kTileTokens;
+    t.columns = static_cast<int>((dims + multiple - 1) / multiple * multiple);
+    t.data = carver.take<float>(rows * t.tiles * kTileTokens * t.columns);
+    t.flags = carver.take<std::uint8_t>(rows * t.tiles);
+    return t;
+  }
+  TSA_HOST_DEVICE const float* tile(std::int64_t row, std::int64_t n) const {
+    return data + (row * tiles + n) * kTileTokens * columns;
+  }
+  TSA_HOST_DEVICE std::uint8_t flag(std::int64_t row, std::int64_t n) const {
+    return flags[row * tiles + n];
+  }
+};
+
+// The operands of a problem; the gradient of the output in backward only.
+struct PreparedOperands {
+  PreparedTensor query;
+  PreparedTensor key;
+  PreparedTensor value;
+  PreparedTensor grad_out;
+
+  static PreparedOperands of(Carver& carver, const AttentionProblem& p, bool backward) {
+    const std::int64_t rows = p.batch * p.heads;
+    const std::int64_t kv_rows = p.batch * p.kv_heads;
+    PreparedOperands o;
+    o.query = PreparedTensor::of(carver, rows, p.query_length, p.head_dim, 4);
+    o.key = PreparedTensor::of(carver, kv_rows, p.key_length, p.head_dim, 4);
+    o.value = PreparedTensor::of(carver, kv_rows, p.key_length, p.value_dim, 8);
+    if (backward) o.grad_out = PreparedTensor::of(carver, rows, p.query_length, p.value_dim, 8);
+    return o;
+  }
+};
+
+struct ExponentialForwardWorkspace {
+  PreparedOperands operands;
+  std::uint8_t* redo = nullptr;  // (B, H, query tiles): 1 for one that the generic kernel takes
+  std::int64_t bytes = 0;
+
+  static ExponentialForwardWorkspace of(const AttentionProblem& p, void* memory) {
+    ExponentialForwardWorkspace w;
+    Carver carver(memory);
+    w.operands = PreparedOperands::of(carver, p, /*backward=*/false);
+    w.redo = carver.take<std::uint8_t>(p.batch * p.heads * w.operands.query.tiles);
+    w.bytes = carver.bytes();
+    return w;
+  }
+};
 
 // A block of the backward has the pairs of a range of key tiles and a range of query tiles of one
 // (batch, head). What it adds up of dq, dk, dv and dw is a part of its own; the parts are added in
 // order. Their number follows from the problem alone, so results do not depend on the GPU.
 struct ExponentialWorkspace {
-  std::int64_t query_tiles = 0;
-  std::int64_t key_tiles = 0;
+  PreparedOperands operands;
   std::int64_t key_ranges = 0;        // parts of dq
   std::int64_t query_ranges = 0;      // parts of dk and dv
   std::int64_t keys_of_range = 0;     // tiles
   std::int64_t queries_of_range = 0;  // tiles
-  std::int64_t features = 0;          // E, rounded up to vectors
-  std::int64_t values = 0;            // Ev likewise
+  std::int64_t features = 0;          // columns of the prepared operands
+  std::int64_t values = 0;
 
   float* query_parts = nullptr;   // (B, H, key_ranges, Lq, features)
   float* key_parts = nullptr;     // (B, H, query_ranges, Lk, features)
@@ -68,10 +149,9 @@ struct ExponentialWorkspace {
     Carver carver(memory);
     const auto divided = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
     const std::int64_t rows = p.batch * p.heads;
-    w.query_tiles = divided(p.query_length, kTileTokens);
-    w.key_tiles = divided(p.key_length, kTileTokens);
-    w.features = divided(p.head_dim, 4) * 4;
-    w.values = divided(p.value_dim, 4) * 4;
+    w.operands = PreparedOperands::of(carver, p, /*backward=*/true);
+    w.features = w.operands.query.columns;
+    w.values = w.operands.value.columns;
     // Enough blocks, if there are tiles for them and memory for their parts.
     const auto ranges = [&](std::int64_t blocks, std::int64_t columns, std::int64_t least) {
       const std::int64_t affordable = kAffordableFloats / (rows * columns);
@@ -79,12 +159,12 @@ struct ExponentialWorkspace {
       const std::int64_t wanted = divided(kEnoughBlocks, blocks);
       return wanted < most ? wanted : most;
     };
-    w.keys_of_range = divided(w.key_tiles, ranges(rows, p.query_length * w.features, 4));
-    w.key_ranges = divided(w.key_tiles, w.keys_of_range);
+    w.keys_of_range = divided(w.operands.key.tiles, ranges(rows, p.query_length * w.features, 4));
+    w.key_ranges = divided(w.operands.key.tiles, w.keys_of_range);
     w.queries_of_range =
-        divided(w.query_tiles,
+        divided(w.operands.query.tiles,
                 ranges(rows * w.key_ranges * 2, p.key_length * (w.features + w.values), 2));
-    w.query_ranges = divided(w.query_tiles, w.queries_of_range);
+    w.query_ranges = divided(w.operands.query.tiles, w.queries_of_range);
     w.query_parts = carver.take<float>(rows * w.key_ranges * p.query_length * w.features);
     w.key_parts = carver.take<float>(rows * w.query_ranges * p.key_length * w.features);
     w.value_parts = carver.take<float>(rows * w.query_ranges * p.key_length * w.values);

@@ -1,10 +1,10 @@
-#include "kernels/cuda/sm80/additive_group.h"
-
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "kernels/cuda/sm80/additive_exponential.h"
+#include "kernels/cuda/sm80/additive_group.h"
 #include "ops/cuda/attention_implementations.h"
 #include "ops/implementation_choice.h"
 
@@ -63,6 +63,33 @@ void additive_group_backward(const BackwardRequest& request, BackwardResults& re
       backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
                          request.lse, results),
       current_device(), workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
+
+const char* additive_exponential_not_supported(const ForwardRequest& request) {
+  return sm80::additive_exponential_not_supported(request.prepared.problem, current_device());
+}
+
+void additive_exponential_forward(const ForwardRequest& request, ForwardResults& results) {
+  const Tensor workspace = workspace_of(
+      sm80::additive_exponential_workspace_bytes(request.prepared.problem), request.tensors);
+  C10_CUDA_CHECK(sm80::additive_exponential_forward(forward_arguments(request.prepared, results),
+                                                    workspace.mutable_data_ptr(),
+                                                    c10::cuda::getCurrentCUDAStream()));
+}
+
+const char* additive_exponential_backward_not_supported(const BackwardRequest& request) {
+  return sm80::additive_exponential_backward_not_supported(
+      request.prepared.problem, request.bias_gradients, current_device());
+}
+
+void additive_exponential_backward(const BackwardRequest& request, BackwardResults& results) {
+  const Tensor workspace =
+      workspace_of(sm80::additive_exponential_backward_workspace_bytes(request.prepared.problem),
+                   request.tensors);
+  C10_CUDA_CHECK(sm80::additive_exponential_backward(
+      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
+                         request.lse, results),
+      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace torch_selfattn::ops::cuda
