@@ -410,21 +410,27 @@ struct DropoutFactors {
     return {active ? Dropout::make(p.dropout_p, p.philox_state) : Dropout(), active};
   }
 
+  // Of the q-th row of a thread's pairs.
+  template <int R>
+  __device__ __forceinline__ void load_row(Acc (&factor)[R], const AttentionProblem& p,
+                                           std::int64_t batch, std::int64_t head, Pairs pairs,
+                                           int q) const {
+    const std::int64_t row = (batch * p.heads + head) * p.query_length + pairs.query + q;
+    const PhiloxBlock random =
+        philox(dropout.seed, dropout.offset, Dropout::block_index(row, pairs.key, p.key_length));
+    const bool upper = R == 2 && pairs.key % 4 != 0;  // which half of the block
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+      const std::uint32_t value = upper ? random.value[(k + 2) % 4] : random.value[k];
+      factor[k] = dropout.keep(value) ? static_cast<Acc>(dropout.keep_scale) : Acc(0);
+    }
+  }
+
   template <int R>
   __device__ __forceinline__ void load(Acc (&factor)[R][R], const AttentionProblem& p,
                                        std::int64_t batch, std::int64_t head, Pairs pairs) const {
 #pragma unroll
-    for (int q = 0; q < R; ++q) {
-      const std::int64_t row = (batch * p.heads + head) * p.query_length + pairs.query + q;
-      const PhiloxBlock random =
-          philox(dropout.seed, dropout.offset, Dropout::block_index(row, pairs.key, p.key_length));
-      const bool upper = R == 2 && pairs.key % 4 != 0;  // which half of the block
-#pragma unroll
-      for (int k = 0; k < R; ++k) {
-        const std::uint32_t value = upper ? random.value[(k + 2) % 4] : random.value[k];
-        factor[q][k] = dropout.keep(value) ? static_cast<Acc>(dropout.keep_scale) : Acc(0);
-      }
-    }
+    for (int q = 0; q < R; ++q) load_row(factor[q], p, batch, head, pairs, q);
   }
 };
 

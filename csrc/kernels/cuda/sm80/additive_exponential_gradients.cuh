@@ -64,7 +64,7 @@ template <int kWidth>
 __device__ __forceinline__ void stage_statistics(const GradientMemory<kWidth>& memory,
                                                  const Workspace<float>& from, std::int64_t row,
                                                  std::int64_t first, std::int64_t length) {
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index_here();
   if (thread >= kTileTokens) return;
   const bool exists = first + thread < length;
   const std::int64_t at = row + first + thread;
@@ -73,38 +73,48 @@ __device__ __forceinline__ void stage_statistics(const GradientMemory<kWidth>& m
   memory.statistics[2 * kTileTokens + thread] = exists ? from.delta[at] : 0.0F;
 }
 
-// What a block works on.
+// What a block works on. Tiles are counted in 32 bits: registers are what the kernel has least of.
 struct ExponentialBlock {
-  std::int64_t row;  // batch * H + head
-  std::int64_t key_range;
-  std::int64_t query_range;
+  int row;  // batch * H + head
+  int key_range;
+  int query_range;
 
   static __device__ __forceinline__ ExponentialBlock of(const AttentionProblem& p,
                                                         const ExponentialWorkspace& workspace) {
     // The first keys of a causal problem have the most queries, so they go first.
-    std::int64_t index = blockIdx.x;
-    const std::int64_t rows = p.batch * p.heads;
-    const std::int64_t row = index % rows;
-    index /= rows;
-    return {row, index / workspace.query_ranges, index % workspace.query_ranges};
+    const int rows = static_cast<int>(p.batch * p.heads);
+    const int query_ranges = static_cast<int>(workspace.query_ranges);
+    const int index = static_cast<int>(blockIdx.x);
+    const int ranges = index / rows;
+    return {index % rows, ranges / query_ranges, ranges % query_ranges};
+  }
+  __device__ __forceinline__ int batch(const AttentionProblem& p) const {
+    return row / static_cast<int>(p.heads);
+  }
+  __device__ __forceinline__ int head(const AttentionProblem& p) const {
+    return row % static_cast<int>(p.heads);
+  }
+  __device__ __forceinline__ int kv_row(const AttentionProblem& p) const {
+    return row / static_cast<int>(p.group_size());  // as H / group size is Hk
   }
 };
 
 // p f and g of a thread's pairs, in place of dP and beside it.
 template <int kWidth>
 __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
-                                                   const DropoutFactors<float>& dropout,
                                                    const GradientMemory<kWidth>& memory,
-                                                   std::int64_t batch, std::int64_t head,
-                                                   Pairs pairs, float weight_sum, int quads,
+                                                   const ExponentialBlock& block, int query_tile,
+                                                   int key_tile, float weight_sum, int quads,
                                                    bool by_fours, bool plain) {
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
-  const Thread me = Thread::me();
+  const Thread me = thread_here();
   float s[4][4];
+  const auto pairs = Pairs::of<float>(std::int64_t{query_tile} * kTileTokens,
+                                      std::int64_t{key_tile} * kTileTokens);
+  const int batch = block.batch(p);
+  const int head = block.head(p);
   score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, by_fours);
   finish_scores_of_any(s, p, batch, head, pairs, plain);
-  float factor[4][4];
-  if (dropout.active) dropout.load(factor, p, batch, head, pairs);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const float* const statistics = memory.statistics + 4 * me.row + r;
@@ -114,15 +124,16 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
     const int at = (4 * me.row + r) * kPairStride + 4 * me.column;
     const float4 from_output = loaded(memory.dropped + at);
     const float grad_weights[4] = {from_output.x, from_output.y, from_output.z, from_output.w};
+    float factor[4] = {1, 1, 1, 1};
+    if (p.dropout_p > 0) DropoutFactors<float>::of(p).load_row(factor, p, batch, head, pairs, r);
     float dropped[4];
     float gradient[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const float f = dropout.active ? factor[r][c] : 1.0F;
       const float probability =
           s[r][c] == -kInfinity<float> ? 0.0F : expf(s[r][c] - maximum) * inverse_sum;
-      gradient[c] = probability == 0 ? 0.0F : probability * (f * grad_weights[c] - delta);
-      dropped[c] = probability * f;
+      gradient[c] = probability == 0 ? 0.0F : probability * (factor[c] * grad_weights[c] - delta);
+      dropped[c] = probability * factor[c];
     }
     put(memory.dropped + at, {dropped[0], dropped[1], dropped[2], dropped[3]});
     put(memory.gradient + at, {gradient[0], gradient[1], gradient[2], gradient[3]});
@@ -133,7 +144,7 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
 template <int kWidth>
 __device__ __forceinline__ float sum_of_gradients(const GradientMemory<kWidth>& memory) {
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index_here();
   const float* const from = memory.gradient + thread % 32 / kWarpKeys * 16 * kPairStride +
                             thread / 32 * kWarpKeys + thread % kWarpKeys;
   float sum = 0;
@@ -149,20 +160,35 @@ struct SlopeLanes {
   int feature;  // the first of this lane's
 
   static __device__ __forceinline__ SlopeLanes of(std::int64_t head_dim) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_index_here() % 32;
     const int lanes = head_dim > 32 ? 32 : head_dim > 16 ? 16 : 8;  // of a query
     return {32 / lanes, lane / lanes, lane % lanes * 2};
   }
 };
 
+// x of two features of a pair, and the reciprocal that they share.
+struct SharedReciprocal {
+  float x0;
+  float x1;
+  float inverse;  // of x0 x1
+
+  static __device__ __forceinline__ SharedReciprocal of(float2 a, float2 b) {
+    const float x0 = fmaf(a.x, b.x, 1.0F);
+    const float x1 = fmaf(a.y, b.y, 1.0F);
+    return {x0, x1, reciprocal_approx(x0 * x1)};
+  }
+};
+
 // Step 4 for 8 queries from `first` on and the features of slice `slice`: leaves this warp's part
-// of dq in `parts`, [8 queries][64].
+// of dq in `parts`, [8 queries][64]. The reciprocal of each pair is asked for before the pair
+// before it is used: left alone, the compiler waits for each of them.
 template <int kWidth, int kQueries>
 __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], float (&grad_weight)[2],
                                            float* parts, const GradientMemory<kWidth>& memory,
                                            const SlopeLanes& lanes, int first, int slice) {
   using Shape = ExponentialTile<kWidth>;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  constexpr int kSteps = static_cast<int>(Shape::kPartRows) / kQueries;
+  const int warp = thread_index_here() / 32;
   const int feature = slice * kSliceFeatures + lanes.feature;
   const int first_key = warp * kWarpKeys;
   // Tokens 4 m and on are slots m, m + 16, m + 32, m + 48.
@@ -170,36 +196,70 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
   const float* const query =
       memory.queries + (first / 4 + lanes.query * 16) * Shape::kStride + feature;
   const float* const row = memory.gradient + (first + lanes.query) * Shape::kPairStride + first_key;
-  float* const to = parts + lanes.query * kSliceFeatures + lanes.feature;
+  float* const to = parts +
+                    (warp * static_cast<int>(Shape::kPartRows) + lanes.query) * kSliceFeatures +
+                    lanes.feature;
+  const auto query_of = [&](int step) {
+    return *reinterpret_cast<const float2*>(query +
+                                            slot_of_token(step * kQueries) * Shape::kStride);
+  };
+  const auto gradients_of = [&](int step, int half) {
+    return loaded(row + step * kQueries * Shape::kPairStride + 4 * half);
+  };
   float2 b[kWarpKeys];
 #pragma unroll
   for (int j = 0; j < kWarpKeys; ++j) {
     b[j] = *reinterpret_cast<const float2*>(key + slot_of_token(j) * Shape::kStride);
   }
+  float2 a = query_of(0);
+  float4 g[2] = {gradients_of(0, 0), gradients_of(0, 1)};
+  SharedReciprocal next = SharedReciprocal::of(a, b[0]);
 #pragma unroll
-  for (int n = 0; n < static_cast<int>(Shape::kPartRows); n += kQueries) {
-    const float2 a = *reinterpret_cast<const float2*>(query + slot_of_token(n) * Shape::kStride);
-    const float4 low = loaded(row + n * Shape::kPairStride);
-    const float4 high = loaded(row + n * Shape::kPairStride + 4);
-    const float g[kWarpKeys] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  for (int step = 0; step < kSteps; ++step) {
+    const bool last = step + 1 == kSteps;
+    const float2 next_a = last ? a : query_of(step + 1);
     float2 sum = {0, 0};
 #pragma unroll
     for (int j = 0; j < kWarpKeys; ++j) {
-      const float x0 = fmaf(a.x, b[j].x, 1.0F);
-      const float x1 = fmaf(a.y, b[j].y, 1.0F);
-      const float inverse = reciprocal_approx(x0 * x1);
-      const float h0 = fmaf(x1, inverse, -0.5F);
-      const float h1 = fmaf(x0, inverse, -0.5F);
+      const SharedReciprocal pair = next;
+      if (j + 1 < kWarpKeys) {
+        next = SharedReciprocal::of(a, b[j + 1]);
+      } else if (!last) {
+        next = SharedReciprocal::of(next_a, b[0]);
+      }
+      const float4 of_four = g[j / 4];
+      const float gradient = j % 4 == 0   ? of_four.x
+                             : j % 4 == 1 ? of_four.y
+                             : j % 4 == 2 ? of_four.z
+                                          : of_four.w;
+      if (j % 4 == 3 && !last) g[j / 4] = gradients_of(step + 1, j / 4);
+      const float h0 = fmaf(pair.x1, pair.inverse, -0.5F);
+      const float h1 = fmaf(pair.x0, pair.inverse, -0.5F);
       const float z0 = h0 * h0;
       const float z1 = h1 * h1;
-      sum.x = fmaf(g[j], z0, sum.x);
-      sum.y = fmaf(g[j], z1, sum.y);
-      grad_key[j][0] = fmaf(g[j], z0, grad_key[j][0]);
-      grad_key[j][1] = fmaf(g[j], z1, grad_key[j][1]);
-      grad_weight[0] = fmaf(g[j], h0, grad_weight[0]);
-      grad_weight[1] = fmaf(g[j], h1, grad_weight[1]);
+      sum.x = fmaf(gradient, z0, sum.x);
+      sum.y = fmaf(gradient, z1, sum.y);
+      grad_key[j][0] = fmaf(gradient, z0, grad_key[j][0]);
+      grad_key[j][1] = fmaf(gradient, z1, grad_key[j][1]);
+      grad_weight[0] = fmaf(gradient, h0, grad_weight[0]);
+      grad_weight[1] = fmaf(gradient, h1, grad_weight[1]);
     }
-    *reinterpret_cast<float2*>(to + n * kSliceFeatures) = sum;
+    a = next_a;
+    *reinterpret_cast<float2*>(to + step * kQueries * kSliceFeatures) = sum;
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void add_slopes_of_any(float (&grad_key)[kWarpKeys][2],
+                                                  float (&grad_weight)[2], float* parts,
+                                                  const GradientMemory<kWidth>& memory,
+                                                  const SlopeLanes& lanes, int first, int slice) {
+  if (lanes.queries == 1) {
+    add_slopes<kWidth, 1>(grad_key, grad_weight, parts, memory, lanes, first, slice);
+  } else if (lanes.queries == 2) {
+    add_slopes<kWidth, 2>(grad_key, grad_weight, parts, memory, lanes, first, slice);
+  } else {
+    add_slopes<kWidth, 4>(grad_key, grad_weight, parts, memory, lanes, first, slice);
   }
 }
 
@@ -214,7 +274,7 @@ struct QueryPart {
   // of the queries; `left` of them exist.
   static __device__ __forceinline__ QueryPart of(float* out, std::int64_t left,
                                                  std::int64_t features, int slice) {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_index_here();
     const int local = thread / 32;
     const int feature = thread % 32 * 2;
     const int d = slice * kSliceFeatures + feature;
@@ -240,226 +300,263 @@ struct QueryPart {
   }
 };
 
+// The sum over the lanes of a feature; all of them have it.
+__device__ __forceinline__ float sum_of_lanes(float x, const SlopeLanes& lanes) {
+  for (int other = 32 / lanes.queries; other < 32; other *= 2) {
+    x += __shfl_xor_sync(~0U, x, other);
+  }
+  return x;
+}
+
+// What a thread accumulates for a tile of keys.
+template <int kWidth>
+struct KeyGradients {
+  static constexpr int kTiles = kWidth / 16;  // of 8 values, for a warp
+  static constexpr int kSlices = kWidth / kSliceFeatures;
+  float key[kSlices][kWarpKeys][2];  // sum g h^2 of a warp's keys, two features
+  float value[kTiles][4];            // of a warp's 16 keys and half of the values: see multiply()
+  float sum;                         // of g of one of the warp's keys over a quarter of the queries
+
+  __device__ __forceinline__ void store_values(const ExponentialWorkspace& workspace,
+                                               std::int64_t part, std::int64_t first_key,
+                                               std::int64_t key_length) const {
+    const int lane = thread_index_here() % 32;
+    const int warp = thread_index_here() / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t j = first_key + warp % 4 * 16 + lane / 4 + 8 * half;
+      if (j >= key_length) continue;
+      float* const to = workspace.value_parts + (part * key_length + j) * workspace.values;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int d = warp / 4 * (kWidth / 2) + 8 * n + lane % 4 * 2;
+        if (d >= workspace.values) continue;
+        *reinterpret_cast<float2*>(to + d) = {value[n][2 * half], value[n][2 * half + 1]};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_keys(const ExponentialWorkspace& workspace,
+                                             const float* weight, const SlopeLanes& lanes,
+                                             float scale, std::int64_t part, std::int64_t first_key,
+                                             std::int64_t key_length) {
+    // All lanes of a key have its sum of g, then all keys' sums.
+#pragma unroll
+    for (int other = kWarpKeys; other < 32; other *= 2) sum += __shfl_xor_sync(~0U, sum, other);
+#pragma unroll
+    for (int j = 0; j < kWarpKeys; ++j) {
+      const float of_key = __shfl_sync(~0U, sum, j);
+      const std::int64_t at = first_key + thread_index_here() / 32 * kWarpKeys + j;
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice) {
+        const int d = slice * kSliceFeatures + lanes.feature;
+        const float x = sum_of_lanes(key[slice][j][0], lanes);
+        const float y = sum_of_lanes(key[slice][j][1], lanes);
+        if (lanes.query != 0 || at >= key_length || d >= workspace.features) continue;
+        *reinterpret_cast<float2*>(workspace.key_parts +
+                                   (part * key_length + at) * workspace.features +
+                                   d) = {scale * weight[d] * fmaf(-4.0F, x, of_key),
+                                         scale * weight[d + 1] * fmaf(-4.0F, y, of_key)};
+      }
+    }
+  }
+};
+
+// Begins a block's part of dq: scale w G_i, of the first range of keys, or 0.
+__device__ __forceinline__ void begin_query_part(float* part, const AttentionBackward& call,
+                                                 const ExponentialWorkspace& workspace,
+                                                 const Workspace<float>& statistics,
+                                                 const ExponentialBlock& block, const float* weight,
+                                                 std::int64_t first, std::int64_t end) {
+  const AttentionProblem& p = call.problem;
+  const auto* const grad_lse = static_cast<const float*>(call.grad_lse);
+  const std::int64_t vectors = workspace.features / 4;
+  for (std::int64_t n = thread_index_here(); n < (end - first) * vectors; n += kThreads) {
+    const std::int64_t i = first + n / vectors;
+    const int d = static_cast<int>(n % vectors) * 4;
+    const std::int64_t at = block.row * p.query_length + i;
+    float x = 0;
+    if (grad_lse != nullptr && block.key_range == 0 &&
+        statistics.maximum[at] != -kInfinity<float> && statistics.inverse_sum[at] != 0) {
+      x = static_cast<float>(p.scale) * grad_lse[at];
+    }
+    put(part + i * workspace.features + d,
+        {weight[d] * x, weight[d + 1] * x, weight[d + 2] * x, weight[d + 3] * x});
+  }
+}
+
+// dP of a tile, to where p f comes.
+template <int kWidth>
+__device__ __forceinline__ void store_grad_weights(const GradientMemory<kWidth>& memory,
+                                                   int value_columns, DType dtype) {
+  using Shape = ExponentialTile<kWidth>;
+  const int lane = thread_index_here() % 32;
+  const int warp = thread_index_here() / 32;
+  const int first_query = warp % 4 * 16;
+  const int first_key = warp / 4 * 32;
+  float product[4][4];
+  multiply<Precision::kShort>(product, {memory.grad_out, Shape::kStride, 1}, first_query,
+                              {memory.values, Shape::kStride, 1}, first_key, value_columns, dtype);
+  float* const to =
+      memory.dropped + (first_query + lane / 4) * Shape::kPairStride + first_key + lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    *reinterpret_cast<float2*>(to + 8 * n) = {product[n][0], product[n][1]};
+    *reinterpret_cast<float2*>(to + 8 * n + 8 * Shape::kPairStride) = {product[n][2],
+                                                                       product[n][3]};
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ void add_value_gradients(float (&grad_value)[kWidth / 16][4],
+                                                    const GradientMemory<kWidth>& memory,
+                                                    DType dtype) {
+  using Shape = ExponentialTile<kWidth>;
+  const int warp = thread_index_here() / 32;
+  float product[kWidth / 16][4];
+  multiply<Precision::kShortColumns>(product, {memory.dropped, 1, Shape::kPairStride},
+                                     warp % 4 * 16, {memory.grad_out, 1, Shape::kStride},
+                                     warp / 4 * (kWidth / 2), kTileTokens, dtype);
+#pragma unroll
+  for (int n = 0; n < kWidth / 16; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) grad_value[n][e] += product[n][e];
+  }
+}
+
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     additive_exponential_gradients_kernel(const __grid_constant__ AttentionBackward call,
                                           const __grid_constant__ ExponentialWorkspace workspace) {
   using Shape = ExponentialTile<kWidth>;
-  constexpr int kTiles = kWidth / 16;  // of 8 values, for a warp
   constexpr int kSlices = kWidth / kSliceFeatures;
   constexpr int kPartRows = static_cast<int>(Shape::kPartRows);
-  constexpr int kPartSize = kThreads / 32 * kPartRows * kSliceFeatures;
+  constexpr int kPartSize = kPartRows * kSliceFeatures;  // of a warp
   static_assert(kPartRows == kThreads / 32);
   const AttentionProblem& p = call.problem;
   const auto memory = GradientMemory<kWidth>::get();
   const auto block = ExponentialBlock::of(p, workspace);
-  const auto statistics = Workspace<float>::of(p, workspace.generic);
-  const auto dropout = DropoutFactors<float>::of(p);
-  const auto lanes = SlopeLanes::of(p.head_dim);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int warp_row = warp % 4 * 16;
-  const int warp_column = warp / 4 * (kWidth / 2);
-  const int warp_key = warp / 4 * 32;
-  const int quads = workspace.operands.query.columns / 4;
-  const int slices = static_cast<int>((p.head_dim + kSliceFeatures - 1) / kSliceFeatures);
-
-  const std::int64_t head = block.row % p.heads;
-  const std::int64_t batch = block.row / p.heads;
-  const std::int64_t kv_head = head / p.group_size();
-  const std::int64_t kv_row = batch * p.kv_heads + kv_head;
   const auto& [query, key, value, grad_out] = workspace.operands;
-  const float scale = static_cast<float>(p.scale);
-  float* const query_part =
-      workspace.query_parts +
-      (block.row * workspace.key_ranges + block.key_range) * p.query_length * workspace.features;
-  const std::int64_t key_part = block.row * workspace.query_ranges + block.query_range;
-  const std::int64_t first_tile = block.key_range * workspace.keys_of_range;
-  const std::int64_t end_tile = min(first_tile + workspace.keys_of_range, key.tiles);
-  const std::int64_t first_query_tile = block.query_range * workspace.queries_of_range;
-  const std::int64_t end_query_tile =
-      min(first_query_tile + workspace.queries_of_range, query.tiles);
+  const int first_key_tile = block.key_range * static_cast<int>(workspace.keys_of_range);
+  const int end_key_tile =
+      min(first_key_tile + static_cast<int>(workspace.keys_of_range), static_cast<int>(key.tiles));
+  const int first_query_tile = block.query_range * static_cast<int>(workspace.queries_of_range);
+  const int end_query_tile = min(first_query_tile + static_cast<int>(workspace.queries_of_range),
+                                 static_cast<int>(query.tiles));
 
-  bool beyond = stage_weight<kWidth>(memory.weight, p, batch, head);
-  for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
-    beyond = beyond || ((key.flag(kv_row, n) | value.flag(kv_row, n)) & kBeyond) != 0;
+  bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch(p), block.head(p));
+  for (int n = first_key_tile + thread_index_here(); n < end_key_tile; n += kThreads) {
+    const int flags = key.flag(block.kv_row(p), n) | value.flag(block.kv_row(p), n);
+    beyond = beyond || (flags & kBeyond) != 0;
   }
-  for (std::int64_t n = first_query_tile + thread; n < end_query_tile; n += kThreads) {
+  for (int n = first_query_tile + thread_index_here(); n < end_query_tile; n += kThreads) {
     beyond = beyond || ((query.flag(block.row, n) | grad_out.flag(block.row, n)) & kBeyond) != 0;
   }
   if (__syncthreads_or(beyond) != 0) {
-    if (thread == 0) atomicMax(workspace.redo + kv_row, 1U);
+    if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row(p), 1U);
     return;
   }
   float weight_sum = 0;
   for (int d = 0; d < query.columns; ++d) weight_sum += memory.weight[d];
-  float grad_weight[kSlices][2] = {};
-
-  // The part of dq begins as scale w G_i, of the first range of keys, or as 0.
-  const std::int64_t first_row = first_query_tile * kTileTokens;
-  const std::int64_t end_row = min(end_query_tile * kTileTokens, p.query_length);
-  const auto* const grad_lse = static_cast<const float*>(call.grad_lse);
-  for (std::int64_t n = thread; n < (end_row - first_row) * (workspace.features / 4);
-       n += kThreads) {
-    const std::int64_t i = first_row + n / (workspace.features / 4);
-    const int d = static_cast<int>(n % (workspace.features / 4)) * 4;
-    const std::int64_t at = block.row * p.query_length + i;
-    float sum = 0;
-    if (grad_lse != nullptr && block.key_range == 0 &&
-        statistics.maximum[at] != -kInfinity<float> && statistics.inverse_sum[at] != 0) {
-      sum = scale * grad_lse[at];
-    }
-    const float* const w = memory.weight + d;
-    put(query_part + i * workspace.features + d, {w[0] * sum, w[1] * sum, w[2] * sum, w[3] * sum});
+  float* const query_part =
+      workspace.query_parts +
+      (block.row * workspace.key_ranges + block.key_range) * p.query_length * workspace.features;
+  {
+    const auto statistics = Workspace<float>::of(p, workspace.generic);
+    begin_query_part(query_part, call, workspace, statistics, block, memory.weight,
+                     std::int64_t{first_query_tile} * kTileTokens,
+                     min(std::int64_t{end_query_tile} * kTileTokens, p.query_length));
   }
 
-  for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
-    const std::int64_t first_key = key_tile * kTileTokens;
+  float grad_weight[kSlices][2] = {};
+  for (int key_tile = first_key_tile; key_tile < end_key_tile; ++key_tile) {
     cp_async_wait<0>();
     __syncthreads();
-    copy_tile<kWidth>(memory.keys, key.tile(kv_row, key_tile), key.columns);
-    copy_tile<kWidth>(memory.values, value.tile(kv_row, key_tile), value.columns);
+    copy_tile<kWidth>(memory.keys, key.tile(block.kv_row(p), key_tile), key.columns);
+    copy_tile<kWidth>(memory.values, value.tile(block.kv_row(p), key_tile), value.columns);
     cp_async_commit();
 
-    float grad_key[kSlices][kWarpKeys][2] = {};
-    float grad_value[kTiles][4] = {};
-    float gradient_sum = 0;  // of one of the warp's keys over a quarter of the queries
-    for (std::int64_t tile = first_query_tile; tile < end_query_tile; ++tile) {
-      const std::int64_t first_query = tile * kTileTokens;
-      const auto pairs = Pairs::of<float>(first_query, first_key);
-      const KeyRange range = key_range_of_tile(p, batch, first_query, kTileTokens);
-      bool any = range.begin < first_key + kTileTokens && range.end > first_key;
-      const bool plain = is_plain(p, batch, first_query, first_key);
-      if (any && p.mask_kind != MaskKind::kNone) {
-        float bias[4][4];
-        any = __syncthreads_or(load_biases_of_any(bias, p, batch, head, pairs)) != 0;
+    KeyGradients<kWidth> sums = {};
+    for (int tile = first_query_tile; tile < end_query_tile; ++tile) {
+      bool by_fours = false;
+      bool plain = false;
+      {
+        const std::int64_t first_query = std::int64_t{tile} * kTileTokens;
+        const std::int64_t first_key = std::int64_t{key_tile} * kTileTokens;
+        const int batch = block.batch(p);
+        const KeyRange range = key_range_of_tile(p, batch, first_query, kTileTokens);
+        bool any = range.begin < first_key + kTileTokens && range.end > first_key;
+        plain = is_plain(p, batch, first_query, first_key);
+        if (any && p.mask_kind != MaskKind::kNone) {
+          float bias[4][4];
+          any = __syncthreads_or(load_biases_of_any(bias, p, batch, block.head(p),
+                                                    Pairs::of<float>(first_query, first_key))) != 0;
+        }
+        if (!any) continue;
+        __syncthreads();
+        copy_tile<kWidth>(memory.queries, query.tile(block.row, tile), query.columns);
+        copy_tile<kWidth>(memory.grad_out, grad_out.tile(block.row, tile), grad_out.columns);
+        cp_async_commit();
+        stage_statistics(memory, Workspace<float>::of(p, workspace.generic),
+                         block.row * p.query_length, first_query, p.query_length);
+        by_fours =
+            ((query.flag(block.row, tile) | key.flag(block.kv_row(p), key_tile)) & kByTwos) == 0;
       }
-      if (!any) continue;
-      __syncthreads();
-      copy_tile<kWidth>(memory.queries, query.tile(block.row, tile), query.columns);
-      copy_tile<kWidth>(memory.grad_out, grad_out.tile(block.row, tile), grad_out.columns);
-      cp_async_commit();
-      stage_statistics(memory, statistics, block.row * p.query_length, first_query, p.query_length);
-      const bool by_fours =
-          ((query.flag(block.row, tile) | key.flag(kv_row, key_tile)) & kByTwos) == 0;
       cp_async_wait<0>();
       __syncthreads();
-      float product[4][4];
-      multiply<Precision::kShort>(product, {memory.grad_out, Shape::kStride, 1}, warp_row,
-                                  {memory.values, Shape::kStride, 1}, warp_key, value.columns,
-                                  p.dtype);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float* const to = memory.dropped + (warp_row + lane / 4) * Shape::kPairStride + warp_key +
-                          8 * n + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to) = {product[n][0], product[n][1]};
-        *reinterpret_cast<float2*>(to + 8 * Shape::kPairStride) = {product[n][2], product[n][3]};
-      }
+      store_grad_weights(memory, value.columns, p.dtype);
       __syncthreads();
-      gradients_of_pairs(p, dropout, memory, batch, head, pairs, weight_sum, quads, by_fours,
+      gradients_of_pairs(p, memory, block, tile, key_tile, weight_sum, query.columns / 4, by_fours,
                          plain);
       __syncthreads();
-      gradient_sum += sum_of_gradients(memory);
-      if (p.value_dim > 0) {
-        float of_tile[kTiles][4];
-        multiply<Precision::kShortColumns>(of_tile, {memory.dropped, 1, Shape::kPairStride},
-                                           warp_row, {memory.grad_out, 1, Shape::kStride},
-                                           warp_column, kTileTokens, p.dtype);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) grad_value[n][e] += of_tile[n][e];
-        }
-      }
+      sums.sum += sum_of_gradients(memory);
+      if (p.value_dim > 0) add_value_gradients(sums.value, memory, p.dtype);
       __syncthreads();
+      const auto lanes = SlopeLanes::of(p.head_dim);
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
-        if (slice >= slices) break;
+        if (slice * kSliceFeatures >= query.columns) break;
 #pragma unroll 1
         for (int first = 0; first < kTileTokens; first += kPartRows) {
-          float* const parts = memory.parts + first / kPartRows % 2 * kPartSize;
-          const std::int64_t i = first_query + first;
+          float* const parts = memory.parts + first / kPartRows % 2 * (kThreads / 32 * kPartSize);
+          const std::int64_t i = std::int64_t{tile} * kTileTokens + first;
           const auto query_sum = QueryPart::of(query_part + i * workspace.features,
                                                p.query_length - i, workspace.features, slice);
-          float* const part = parts + warp * kPartRows * kSliceFeatures;
-          if (lanes.queries == 1) {
-            add_slopes<kWidth, 1>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
-                                  slice);
-          } else if (lanes.queries == 2) {
-            add_slopes<kWidth, 2>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
-                                  slice);
-          } else {
-            add_slopes<kWidth, 4>(grad_key[slice], grad_weight[slice], part, memory, lanes, first,
-                                  slice);
-          }
+          add_slopes_of_any(sums.key[slice], grad_weight[slice], parts, memory, lanes, first,
+                            slice);
           __syncthreads();
-          query_sum.add(parts, memory.weight + slice * kSliceFeatures, -4 * scale);
+          query_sum.add(parts, memory.weight + slice * kSliceFeatures,
+                        -4 * static_cast<float>(p.scale));
         }
       }
     }
-
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t j = first_key + warp_row + lane / 4 + 8 * half;
-      if (j >= p.key_length) continue;
-      float* const to = workspace.value_parts + (key_part * p.key_length + j) * workspace.values;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const int d = warp_column + 8 * n + lane % 4 * 2;
-        if (d >= workspace.values) continue;
-        *reinterpret_cast<float2*>(to + d) = {grad_value[n][2 * half], grad_value[n][2 * half + 1]};
-      }
-    }
-    // All lanes of a key have its sum, then all keys' sums.
-#pragma unroll
-    for (int other = kWarpKeys; other < 32; other *= 2) {
-      gradient_sum += __shfl_xor_sync(~0U, gradient_sum, other);
-    }
-    float sums[kWarpKeys];
-#pragma unroll
-    for (int j = 0; j < kWarpKeys; ++j) sums[j] = __shfl_sync(~0U, gradient_sum, j);
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      const int d = slice * kSliceFeatures + lanes.feature;
-#pragma unroll
-      for (int j = 0; j < kWarpKeys; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = grad_key[slice][j][e];
-          for (int other = 32 / lanes.queries; other < 32; other *= 2) {
-            x += __shfl_xor_sync(~0U, x, other);
-          }
-        }
-        const std::int64_t j_global = first_key + warp * kWarpKeys + j;
-        if (lanes.query != 0 || j_global >= p.key_length || d >= workspace.features) continue;
-        *reinterpret_cast<float2*>(
-            workspace.key_parts + (key_part * p.key_length + j_global) * workspace.features + d) = {
-            scale * memory.weight[d] * fmaf(-4.0F, grad_key[slice][j][0], sums[j]),
-            scale * memory.weight[d + 1] * fmaf(-4.0F, grad_key[slice][j][1], sums[j])};
-      }
-    }
+    const std::int64_t part = block.row * workspace.query_ranges + block.query_range;
+    const std::int64_t first_key = std::int64_t{key_tile} * kTileTokens;
+    sums.store_values(workspace, part, first_key, p.key_length);
+    sums.store_keys(workspace, memory.weight, SlopeLanes::of(p.head_dim),
+                    static_cast<float>(p.scale), part, first_key, p.key_length);
   }
 
   // The part of dw: sum g tanh, over the warps in order.
   cp_async_wait<0>();
   __syncthreads();
   float* const sums = memory.parts;  // [8 warps][kWidth]
+  const int thread = thread_index_here();
+  const auto lanes = SlopeLanes::of(p.head_dim);
 #pragma unroll
   for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float& x = grad_weight[slice][e];
-      for (int other = 32 / lanes.queries; other < 32; other *= 2) {
-        x += __shfl_xor_sync(~0U, x, other);
+      const float x = sum_of_lanes(grad_weight[slice][e], lanes);
+      if (lanes.query == 0) {
+        sums[thread / 32 * kWidth + slice * kSliceFeatures + lanes.feature + e] = x;
       }
-      if (lanes.query == 0) sums[warp * kWidth + slice * kSliceFeatures + lanes.feature + e] = x;
     }
   }
   __syncthreads();
   if (thread < workspace.features) {
     float sum = 0;
-    for (int other = 0; other < kThreads / 32; ++other) sum += sums[other * kWidth + thread];
+    for (int warp = 0; warp < kThreads / 32; ++warp) sum += sums[warp * kWidth + thread];
     const std::int64_t part =
         (block.row * workspace.key_ranges + block.key_range) * workspace.query_ranges +
         block.query_range;

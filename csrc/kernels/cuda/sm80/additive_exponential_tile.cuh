@@ -18,6 +18,13 @@
 // (Tile::token_of_slot), everything else in the order of tokens.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
+// Addresses are computed where they are used, from a thread index that is read there: hoisted out
+// of loops they would take the registers that those need.
+__device__ __forceinline__ Thread thread_here() {
+  const int thread = thread_index_here();
+  return {thread / 16, thread % 16};
+}
+
 constexpr int kPerThread = Tile<float>::kPerThread;
 static_assert(kTileTokens == Tile<float>::kTokens && kPerThread == 4);
 
@@ -50,7 +57,7 @@ __device__ __forceinline__ void put(float* to, float4 x) { *reinterpret_cast<flo
 template <int kWidth>
 __device__ __forceinline__ void copy_tile(float* to, const float* from, int columns) {
   constexpr int kVectors = kWidth / 4;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index_here();
   const int d = thread % kVectors * 4;
   if (d >= columns) return;
 #pragma unroll
@@ -81,7 +88,7 @@ template <int kWidth, bool kFour>
 __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* queries,
                                                 const float* keys, const float* weight, int quads) {
   constexpr int kStride = ExponentialTile<kWidth>::kStride;
-  const Thread me = Thread::me();
+  const Thread me = thread_here();
   const float* const rows = queries + me.row * kStride;
   const float* const columns = keys + me.column * kStride;
 #pragma unroll 1
@@ -203,7 +210,7 @@ template <Precision kPrecision, int kTiles>
 __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Operand& a,
                                          int first_row, const Operand& b, int first_column,
                                          int inner) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = thread_index_here() % 32;
   const float* const rows =
       a.data + (first_row + lane / 4) * a.outer_stride + lane % 4 * a.inner_stride;
   const float* const columns =
