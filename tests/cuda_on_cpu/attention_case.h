@@ -78,6 +78,7 @@ struct Case {
   bool weight_per_batch = false, weight_per_head = true;
   double magnitude = 1.0;
   double query_mean = 0.0, key_mean = 0.0;
+  double value_magnitude = 1.0;
   double weight_magnitude = 1.0, scale = 0.7;  // additive
   Special special = Special::kNone;
   double largest_term = 0.1;      // of the sums in gradients: what their rounding errors go by
@@ -359,7 +360,7 @@ inline void run_case(const Case& c) {
   std::vector<char> bool_mask(static_cast<std::size_t>(mask.count()));
   query.fill_normal(c.magnitude, c.query_mean);
   key.fill_normal(c.magnitude, c.key_mean);
-  value.fill_normal(1);
+  value.fill_normal(c.value_magnitude);
   grad_out.fill_normal(1);
   grad_lse.fill_normal(1);
   weight.fill_normal(c.weight_magnitude);

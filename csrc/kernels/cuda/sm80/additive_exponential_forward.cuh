@@ -14,6 +14,71 @@
 // multiprocessors at 1.755 GHz; the rest adds a quarter.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
+// Maximum and sum of exp(score - maximum) of a thread's four rows; the 16 threads of a row have the
+// same maximum, and sums of their own. Scores that are bounded, |s| <= 20, keep the first maximum
+// that they find: weights are at most e^40 then, and nothing is rescaled.
+struct BoundedSoftmax {
+  float maximum[4];
+  float sum[4];
+
+  __device__ __forceinline__ BoundedSoftmax() {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      maximum[r] = -kInfinity<float>;
+      sum[r] = 0;
+    }
+  }
+
+  static __device__ __forceinline__ bool is_bounded(const AttentionProblem& p,
+                                                    float weight_magnitude) {
+    return p.mask_kind != MaskKind::kFloat && p.slopes == nullptr &&
+           fabsf(static_cast<float>(p.scale)) * weight_magnitude <= 20;
+  }
+
+  // Replaces scores by weights relative to the maximum; `rescale` is for what was accumulated.
+  __device__ __forceinline__ void update(float (&s)[4][4], float (&rescale)[4], bool bounded) {
+    bool has_maximum = bounded;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      rescale[r] = 1;
+      has_maximum = has_maximum && maximum[r] > -kInfinity<float>;
+    }
+    if (__all_sync(~0U, has_maximum) == 0) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float largest = maximum[r];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) largest = maximum_or_nan(largest, s[r][c]);
+#pragma unroll
+        for (int lanes = 8; lanes > 0; lanes /= 2) {
+          largest = maximum_or_nan(largest, __shfl_xor_sync(~0U, largest, lanes));
+        }
+        if (largest != -kInfinity<float>) rescale[r] = exponential(maximum[r] - largest);
+        maximum[r] = largest;
+        sum[r] *= rescale[r];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float base = maximum[r] == -kInfinity<float> ? 0.0F : maximum[r];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        s[r][c] = exponential_of_difference(s[r][c] - base);
+        sum[r] += s[r][c];
+      }
+    }
+  }
+
+  // At the end: whole sums.
+  __device__ __forceinline__ void join_sums() {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int lanes = 8; lanes > 0; lanes /= 2) sum[r] += __shfl_xor_sync(~0U, sum[r], lanes);
+    }
+  }
+};
+
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     additive_exponential_forward_kernel(const __grid_constant__ AttentionForward call,
@@ -50,7 +115,6 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   const std::int64_t end_tile =
       range.end > range.begin ? (range.end + kTileTokens - 1) / kTileTokens : first_tile;
   const int quads = query.columns / 4;
-  const auto dropout = DropoutFactors<float>::of(p);
 
   const auto start_copy = [&](std::int64_t key_tile) {
     if (key_tile < end_tile) {
@@ -60,20 +124,26 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     }
     cp_async_commit();
   };
+  const float largest_query = query.largest_of(row, tile);
   bool beyond = stage_weight<kWidth>(weight, p, batch, head);
   for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
-    beyond = beyond || ((key.flag(kv_row, n) | value.flag(kv_row, n)) & kBeyond) != 0;
+    beyond = beyond || sharing_of(largest_query, key.largest_of(kv_row, n)) == Sharing::kBeyond ||
+             value.largest_of(kv_row, n) == kInfinity<float>;
   }
-  const std::uint8_t query_flag = query.flag(row, tile);
-  beyond = __syncthreads_or(beyond || (query_flag & kBeyond) != 0) != 0;
+  beyond = __syncthreads_or(beyond) != 0;
   if (thread == 0) workspace.redo[row * query.tiles + tile] = beyond ? 1 : 0;
   if (beyond) return;
   float weight_sum = 0;
-  for (int d = 0; d < query.columns; ++d) weight_sum += weight[d];
+  float weight_magnitude = 0;
+  for (int d = 0; d < query.columns; ++d) {
+    weight_sum += weight[d];
+    weight_magnitude += fabsf(weight[d]);
+  }
+  const bool bounded = BoundedSoftmax::is_bounded(p, weight_magnitude);
 
   copy_tile<kWidth>(queries, query.tile(row, tile), query.columns);
   start_copy(first_tile);
-  OnlineSoftmax<float> softmax;
+  BoundedSoftmax softmax;
   float out[kTiles][4] = {};
   for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
     const std::int64_t first_key = key_tile * kTileTokens;
@@ -89,19 +159,20 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     start_copy(key_tile + 1);
     if (!any) continue;
     const float* const keys = stages + key_tile % 2 * (2 * Shape::kTokens);
-    const bool by_fours = ((query_flag | key.flag(kv_row, key_tile)) & kByTwos) == 0;
+    const Sharing sharing = sharing_of(largest_query, key.largest_of(kv_row, key_tile));
     float s[4][4];
-    score_pairs<kWidth>(s, queries, keys, weight, weight_sum, quads, by_fours);
+    score_pairs<kWidth>(s, queries, keys, weight, weight_sum, quads, sharing);
     finish_scores_of_any(s, p, batch, head, pairs, plain);
     float rescale[4];
-    softmax.update(s, rescale);
-    if (dropout.active) {
-      float factor[4][4];
-      dropout.load(factor, p, batch, head, pairs);
+    softmax.update(s, rescale, bounded);
+    if (p.dropout_p > 0) {
+      const auto dropout = DropoutFactors<float>::of(p);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
+        float factor[4];
+        dropout.load_row(factor, p, batch, head, pairs, r);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) s[r][c] = factor[r][c] == 0 ? 0.0F : s[r][c] * factor[r][c];
+        for (int c = 0; c < 4; ++c) s[r][c] = factor[c] == 0 ? 0.0F : s[r][c] * factor[c];
       }
     }
 #pragma unroll
@@ -124,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   }
   cp_async_wait<0>();
 
+  softmax.join_sums();
   __syncthreads();
   if (me.column == 0) {
 #pragma unroll

@@ -105,7 +105,7 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
                                                    const GradientMemory<kWidth>& memory,
                                                    const ExponentialBlock& block, int query_tile,
                                                    int key_tile, float weight_sum, int quads,
-                                                   bool by_fours, bool plain) {
+                                                   Sharing sharing, bool plain) {
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
   const Thread me = thread_here();
   float s[4][4];
@@ -113,7 +113,7 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
                                       std::int64_t{key_tile} * kTileTokens);
   const int batch = block.batch(p);
   const int head = block.head(p);
-  score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, by_fours);
+  score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, sharing);
   finish_scores_of_any(s, p, batch, head, pairs, plain);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -130,8 +130,9 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
     float gradient[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const float probability =
-          s[r][c] == -kInfinity<float> ? 0.0F : expf(s[r][c] - maximum) * inverse_sum;
+      const float probability = s[r][c] == -kInfinity<float>
+                                    ? 0.0F
+                                    : exponential_of_difference(s[r][c] - maximum) * inverse_sum;
       gradient[c] = probability == 0 ? 0.0F : probability * (factor[c] * grad_weights[c] - delta);
       dropped[c] = probability * factor[c];
     }
@@ -166,23 +167,26 @@ struct SlopeLanes {
   }
 };
 
-// x of two features of a pair, and the reciprocal that they share.
-struct SharedReciprocal {
+// For the reciprocals of x of two features of a pair: x1 / (x0 x1) and x0 / (x0 x1), or each by
+// itself where x0 x1 may overflow.
+struct ReciprocalPair {
   float x0;
   float x1;
-  float inverse;  // of x0 x1
+  float inverse;
 
-  static __device__ __forceinline__ SharedReciprocal of(float2 a, float2 b) {
+  template <bool kShared>
+  static __device__ __forceinline__ ReciprocalPair of(float2 a, float2 b) {
     const float x0 = fmaf(a.x, b.x, 1.0F);
     const float x1 = fmaf(a.y, b.y, 1.0F);
-    return {x0, x1, reciprocal_approx(x0 * x1)};
+    if constexpr (kShared) return {x0, x1, reciprocal_approx(x0 * x1)};
+    return {reciprocal_approx(x1), reciprocal_approx(x0), 1.0F};
   }
 };
 
 // Step 4 for 8 queries from `first` on and the features of slice `slice`: leaves this warp's part
 // of dq in `parts`, [8 queries][64]. The reciprocal of each pair is asked for before the pair
 // before it is used: left alone, the compiler waits for each of them.
-template <int kWidth, int kQueries>
+template <int kWidth, int kQueries, bool kShared>
 __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], float (&grad_weight)[2],
                                            float* parts, const GradientMemory<kWidth>& memory,
                                            const SlopeLanes& lanes, int first, int slice) {
@@ -213,7 +217,7 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
   }
   float2 a = query_of(0);
   float4 g[2] = {gradients_of(0, 0), gradients_of(0, 1)};
-  SharedReciprocal next = SharedReciprocal::of(a, b[0]);
+  ReciprocalPair next = ReciprocalPair::of<kShared>(a, b[0]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const bool last = step + 1 == kSteps;
@@ -221,11 +225,11 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
     float2 sum = {0, 0};
 #pragma unroll
     for (int j = 0; j < kWarpKeys; ++j) {
-      const SharedReciprocal pair = next;
+      const ReciprocalPair pair = next;
       if (j + 1 < kWarpKeys) {
-        next = SharedReciprocal::of(a, b[j + 1]);
+        next = ReciprocalPair::of<kShared>(a, b[j + 1]);
       } else if (!last) {
-        next = SharedReciprocal::of(next_a, b[0]);
+        next = ReciprocalPair::of<kShared>(next_a, b[0]);
       }
       const float4 of_four = g[j / 4];
       const float gradient = j % 4 == 0   ? of_four.x
@@ -249,17 +253,17 @@ __device__ __forceinline__ void add_slopes(float (&grad_key)[kWarpKeys][2], floa
   }
 }
 
-template <int kWidth>
+template <int kWidth, bool kShared>
 __device__ __forceinline__ void add_slopes_of_any(float (&grad_key)[kWarpKeys][2],
                                                   float (&grad_weight)[2], float* parts,
                                                   const GradientMemory<kWidth>& memory,
                                                   const SlopeLanes& lanes, int first, int slice) {
   if (lanes.queries == 1) {
-    add_slopes<kWidth, 1>(grad_key, grad_weight, parts, memory, lanes, first, slice);
+    add_slopes<kWidth, 1, kShared>(grad_key, grad_weight, parts, memory, lanes, first, slice);
   } else if (lanes.queries == 2) {
-    add_slopes<kWidth, 2>(grad_key, grad_weight, parts, memory, lanes, first, slice);
+    add_slopes<kWidth, 2, kShared>(grad_key, grad_weight, parts, memory, lanes, first, slice);
   } else {
-    add_slopes<kWidth, 4>(grad_key, grad_weight, parts, memory, lanes, first, slice);
+    add_slopes<kWidth, 4, kShared>(grad_key, grad_weight, parts, memory, lanes, first, slice);
   }
 }
 
@@ -445,13 +449,17 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
                                  static_cast<int>(query.tiles));
 
   bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch(p), block.head(p));
+  float largest_key = 0;
+  float largest_query = 0;
   for (int n = first_key_tile + thread_index_here(); n < end_key_tile; n += kThreads) {
-    const int flags = key.flag(block.kv_row(p), n) | value.flag(block.kv_row(p), n);
-    beyond = beyond || (flags & kBeyond) != 0;
+    largest_key = fmaxf(largest_key, key.largest_of(block.kv_row(p), n));
+    beyond = beyond || value.largest_of(block.kv_row(p), n) == kInfinity<float>;
   }
-  for (int n = first_query_tile + thread_index_here(); n < end_query_tile; n += kThreads) {
-    beyond = beyond || ((query.flag(block.row, n) | grad_out.flag(block.row, n)) & kBeyond) != 0;
+  for (int n = first_query_tile; n < end_query_tile; ++n) {
+    largest_query = fmaxf(largest_query, query.largest_of(block.row, n));
+    beyond = beyond || grad_out.largest_of(block.row, n) == kInfinity<float>;
   }
+  beyond = beyond || sharing_of(largest_query, largest_key) == Sharing::kBeyond;
   if (__syncthreads_or(beyond) != 0) {
     if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row(p), 1U);
     return;
@@ -478,7 +486,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
 
     KeyGradients<kWidth> sums = {};
     for (int tile = first_query_tile; tile < end_query_tile; ++tile) {
-      bool by_fours = false;
+      Sharing sharing = Sharing::kOne;
       bool plain = false;
       {
         const std::int64_t first_query = std::int64_t{tile} * kTileTokens;
@@ -499,14 +507,14 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
         cp_async_commit();
         stage_statistics(memory, Workspace<float>::of(p, workspace.generic),
                          block.row * p.query_length, first_query, p.query_length);
-        by_fours =
-            ((query.flag(block.row, tile) | key.flag(block.kv_row(p), key_tile)) & kByTwos) == 0;
+        sharing = sharing_of(query.largest_of(block.row, tile),
+                             key.largest_of(block.kv_row(p), key_tile));
       }
       cp_async_wait<0>();
       __syncthreads();
       store_grad_weights(memory, value.columns, p.dtype);
       __syncthreads();
-      gradients_of_pairs(p, memory, block, tile, key_tile, weight_sum, query.columns / 4, by_fours,
+      gradients_of_pairs(p, memory, block, tile, key_tile, weight_sum, query.columns / 4, sharing,
                          plain);
       __syncthreads();
       sums.sum += sum_of_gradients(memory);
@@ -522,8 +530,13 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
           const std::int64_t i = std::int64_t{tile} * kTileTokens + first;
           const auto query_sum = QueryPart::of(query_part + i * workspace.features,
                                                p.query_length - i, workspace.features, slice);
-          add_slopes_of_any(sums.key[slice], grad_weight[slice], parts, memory, lanes, first,
-                            slice);
+          if (sharing != Sharing::kOne) {
+            add_slopes_of_any<kWidth, true>(sums.key[slice], grad_weight[slice], parts, memory,
+                                            lanes, first, slice);
+          } else {
+            add_slopes_of_any<kWidth, false>(sums.key[slice], grad_weight[slice], parts, memory,
+                                             lanes, first, slice);
+          }
           __syncthreads();
           query_sum.add(parts, memory.weight + slice * kSliceFeatures,
                         -4 * static_cast<float>(p.scale));

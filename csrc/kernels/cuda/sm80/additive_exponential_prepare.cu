@@ -11,12 +11,12 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 
 namespace {
 
-// |x| up to which four, and two features share a reciprocal: (1 + e^(4 |x|))^4 and (...)^2 must not
-// overflow.
-constexpr float kLimitOfFour = 5.5F;
-constexpr float kLimitOfTwo = 11;
-// Numbers beyond it would not survive being split into two TF32 numbers.
-constexpr float kLargestValue = 0x1p126F;
+// e^2x of larger numbers may overflow, or may be so small that it has lost digits.
+constexpr float kLargestExponent = 40;
+// Weights of pairs may be up to e^40, see BoundedSoftmax, and their products with values must be
+// far from overflow. Gradients must survive being split into two TF32 numbers.
+constexpr float kLargestValue = 0x1p32F;
+constexpr float kLargestGradient = 0x1p126F;
 
 struct TensorToPrepare {
   ConstView view;
@@ -24,6 +24,7 @@ struct TensorToPrepare {
   std::int64_t heads = 0;
   std::int64_t length = 0;
   std::int64_t dims = 0;
+  float limit = 0;  // of magnitudes
   bool exponentials = false;
   bool keys = false;  // only those of key_range() exist
 
@@ -39,12 +40,15 @@ struct Preparation {
   static Preparation of(const AttentionProblem& p, const PreparedOperands& to,
                         const ConstView* grad_out) {
     Preparation result;
-    result.tensors[0] = {p.query, to.query, p.heads, p.query_length, p.head_dim, true, false};
-    result.tensors[1] = {p.key, to.key, p.kv_heads, p.key_length, p.head_dim, true, true};
-    result.tensors[2] = {p.value, to.value, p.kv_heads, p.key_length, p.value_dim, false, true};
+    result.tensors[0] = {p.query,    to.query,         p.heads, p.query_length,
+                         p.head_dim, kLargestExponent, true,    false};
+    result.tensors[1] = {p.key,      to.key,           p.kv_heads, p.key_length,
+                         p.head_dim, kLargestExponent, true,       true};
+    result.tensors[2] = {p.value,     to.value,      p.kv_heads, p.key_length,
+                         p.value_dim, kLargestValue, false,      true};
     if (grad_out != nullptr) {
-      result.tensors[3] = {*grad_out,   to.grad_out, p.heads, p.query_length,
-                           p.value_dim, false,       false};
+      result.tensors[3] = {*grad_out,   to.grad_out,      p.heads, p.query_length,
+                           p.value_dim, kLargestGradient, false,   false};
     }
     return result;
   }
@@ -116,12 +120,18 @@ __global__ void __launch_bounds__(kThreads)
       put(to + 4 * std::int64_t{n}, x);
     }
   });
-  const float limit = tensor.exponentials ? kLimitOfTwo : kLargestValue;
-  const bool beyond = __syncthreads_or(!(largest <= limit)) != 0;
-  const bool by_twos = __syncthreads_or(tensor.exponentials && largest > kLimitOfFour) != 0;
+  // Maxima of lanes, then of warps.
+  float* const maxima = shared_at<float>(0, kThreads / 32);
+  if (!(largest <= tensor.limit)) largest = kInfinity<float>;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, lanes));
+  }
+  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = largest;
+  __syncthreads();
   if (threadIdx.x == 0) {
-    tensor.result.flags[index] =
-        static_cast<std::uint8_t>((beyond ? kBeyond : 0) | (by_twos ? kByTwos : 0));
+    for (int warp = 1; warp < kThreads / 32; ++warp) largest = fmaxf(largest, maxima[warp]);
+    tensor.result.largest[index] = largest;
   }
 }
 
@@ -133,7 +143,7 @@ cudaError_t prepare_operands(const AttentionProblem& p, const PreparedOperands& 
   const std::int64_t blocks = preparation.blocks(p);
   if (blocks == 0) return cudaSuccess;
   return launch(additive_exponential_prepare_kernel, dim3(static_cast<unsigned>(blocks)),
-                dim3(kThreads), 0, stream, p, preparation);
+                dim3(kThreads), kThreads / 32 * sizeof(float), stream, p, preparation);
 }
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

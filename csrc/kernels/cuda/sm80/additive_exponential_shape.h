@@ -59,18 +59,19 @@ auto with_exponential_width(const AttentionProblem& p, Body body) {
                     : body(std::integral_constant<int, 128>());
 }
 
-// Flags of a tile of a prepared tensor: one of its numbers is beyond the range, or too large for
-// four features to share a reciprocal.
-constexpr std::uint8_t kBeyond = 1;
-constexpr std::uint8_t kByTwos = 2;
+// How many features share a reciprocal: 1 / x of each has to be finite, so the product of their x
+// must not overflow, x <= 1 + e^(2 (|q| + |k|)). Four where |q| + |k| <= 11 in a pair of tiles, two
+// up to 22, one up to 44.
+enum class Sharing : std::uint8_t { kFour, kTwo, kOne, kBeyond };
 
 // A tensor as the kernels read it: float32, or e^2x of that; tiles of 64 tokens, zeros where there
 // is no token.
 struct PreparedTensor {
   std::int64_t tiles = 0;
-  int columns = 0;                // a multiple of 4 for exponentials, of 8 for others
-  float* data = nullptr;          // (B, heads, tiles, 64, columns)
-  std::uint8_t* flags = nullptr;  // (B, heads, tiles)
+  int columns = 0;        // a multiple of 4 for exponentials, of 8 for others
+  float* data = nullptr;  // (B, heads, tiles, 64, columns)
+  // (B, heads, tiles): the largest magnitude; infinity if one is NaN, or more than may be.
+  float* largest = nullptr;
 
   static PreparedTensor of(Carver& carver, std::int64_t rows, std::int64_t length,
                            std::int64_t dims, int multiple) {
@@ -78,14 +79,14 @@ struct PreparedTensor {
     t.tiles = (length + kTileTokens - 1) / kTileTokens;
     t.columns = static_cast<int>((dims + multiple - 1) / multiple * multiple);
     t.data = carver.take<float>(rows * t.tiles * kTileTokens * t.columns);
-    t.flags = carver.take<std::uint8_t>(rows * t.tiles);
+    t.largest = carver.take<float>(rows * t.tiles);
     return t;
   }
   TSA_HOST_DEVICE const float* tile(std::int64_t row, std::int64_t n) const {
     return data + (row * tiles + n) * kTileTokens * columns;
   }
-  TSA_HOST_DEVICE std::uint8_t flag(std::int64_t row, std::int64_t n) const {
-    return flags[row * tiles + n];
+  TSA_HOST_DEVICE float largest_of(std::int64_t row, std::int64_t n) const {
+    return largest[row * tiles + n];
   }
 };
 

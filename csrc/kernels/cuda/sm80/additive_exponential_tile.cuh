@@ -7,11 +7,11 @@
 //
 // With A = e^2q and B = e^2k, made once for each token of a tile, and x = 1 + A B,
 //   tanh(q + k) = 1 - 2 / x    and    s = sum_d w_d - 2 sum_d w_d / x_d.
-// Four features share a reciprocal, n/d with d = x1 x2 x3 x4, while |q|, |k| <= 5.5, so that d does
-// not overflow; two while they are <= 11. What is beyond is left to the generic kernel.
-// Counts per pair and four features: 14 slots of the FMA pipe and one reciprocal, 15 issue slots;
-// by twos 14 and two. Operands from shared memory are 16-byte vectors, 9 of them for 16 pairs and
-// four features: 4 %.
+// Four features share a reciprocal, n/d with d = x1 x2 x3 x4, while that does not overflow, else
+// two, else none: Sharing. What is beyond is left to the generic kernel. Counts per pair and four
+// features: 14 slots of the FMA pipe and one reciprocal, 15 issue slots; by twos 14 and two, by
+// ones 8 and four, of which the latter bound. Operands from shared memory are 16-byte vectors, 9 of
+// them for 16 pairs and four features: 4 %.
 //
 // Blocks of 256 threads, 16 x 16, as in the generic kernel: a thread has 4 x 4 pairs of a tile of
 // 64 queries by 64 keys, those of Pairs. Exponentials lie in the order of slots
@@ -30,6 +30,13 @@ static_assert(kTileTokens == Tile<float>::kTokens && kPerThread == 4);
 
 // Numerators are less than denominators by 1 / x, so weights may be large.
 constexpr float kLargestWeight = 0x1p20F;
+
+__device__ __forceinline__ Sharing sharing_of(float largest_query, float largest_key) {
+  const float sum = largest_query + largest_key;
+  if (sum <= 11) return Sharing::kFour;
+  if (sum <= 22) return Sharing::kTwo;
+  return sum <= 44 ? Sharing::kOne : Sharing::kBeyond;
+}
 
 // The slot of a tile in which a token of it lies.
 __device__ __forceinline__ int slot_of_token(int token) { return token / 4 + token % 4 * 16; }
@@ -84,7 +91,7 @@ __device__ __forceinline__ bool stage_weight(float* to, const AttentionProblem& 
 }
 
 // s += sum_d w_d / x_d of a thread's pairs, over `quads` times four features.
-template <int kWidth, bool kFour>
+template <int kWidth, Sharing kSharing>
 __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* queries,
                                                 const float* keys, const float* weight, int quads) {
   constexpr int kStride = ExponentialTile<kWidth>::kStride;
@@ -106,11 +113,18 @@ __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* q
         const float x1 = fmaf(a.y, b[c].y, 1.0F);
         const float x2 = fmaf(a.z, b[c].z, 1.0F);
         const float x3 = fmaf(a.w, b[c].w, 1.0F);
+        if constexpr (kSharing == Sharing::kOne) {
+          s[r][c] = fmaf(w.x, reciprocal_approx(x0), s[r][c]);
+          s[r][c] = fmaf(w.y, reciprocal_approx(x1), s[r][c]);
+          s[r][c] = fmaf(w.z, reciprocal_approx(x2), s[r][c]);
+          s[r][c] = fmaf(w.w, reciprocal_approx(x3), s[r][c]);
+          continue;
+        }
         const float n01 = fmaf(w.x, x1, w.y * x0);
         const float n23 = fmaf(w.z, x3, w.w * x2);
         const float d01 = x0 * x1;
         const float d23 = x2 * x3;
-        if constexpr (kFour) {
+        if constexpr (kSharing == Sharing::kFour) {
           s[r][c] = fmaf(fmaf(n01, d23, n23 * d01), reciprocal_approx(d01 * d23), s[r][c]);
         } else {
           s[r][c] = fmaf(n01, reciprocal_approx(d01), s[r][c]);
@@ -125,16 +139,18 @@ __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* q
 template <int kWidth>
 __device__ __forceinline__ void score_pairs(float (&s)[4][4], const float* queries,
                                             const float* keys, const float* weight,
-                                            float weight_sum, int quads, bool by_fours) {
+                                            float weight_sum, int quads, Sharing sharing) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) s[r][c] = 0;
   }
-  if (by_fours) {
-    add_reciprocals<kWidth, true>(s, queries, keys, weight, quads);
+  if (sharing == Sharing::kFour) {
+    add_reciprocals<kWidth, Sharing::kFour>(s, queries, keys, weight, quads);
+  } else if (sharing == Sharing::kTwo) {
+    add_reciprocals<kWidth, Sharing::kTwo>(s, queries, keys, weight, quads);
   } else {
-    add_reciprocals<kWidth, false>(s, queries, keys, weight, quads);
+    add_reciprocals<kWidth, Sharing::kOne>(s, queries, keys, weight, quads);
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -177,6 +193,12 @@ __device__ __forceinline__ void finish_scores_of_any(float (&s)[4][4], const Att
   float bias[4][4];
   load_biases_of_any(bias, p, batch, head, pairs);
   finish_scores(s, bias, scale);
+}
+
+// e^x of numbers <= 0 that are not far from it where e^x counts: its error relative to 1, 4e-8, is
+// that of a float32 number. exp() would take three times as long.
+__device__ __forceinline__ float exponential_of_difference(float x) {
+  return exp2_approx(x * 1.44269504F);
 }
 
 // x = high + low + an error of 2^-23 |x|, as TF32 numbers, of which tensor cores see the first 10
