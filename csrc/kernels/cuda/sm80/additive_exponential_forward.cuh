@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   const std::int64_t end_tile =
       range.end > range.begin ? (range.end + kTileTokens - 1) / kTileTokens : first_tile;
   const int quads = query.columns / 4;
+  const bool has_dropout = p.dropout_p > 0;
 
   const auto start_copy = [&](std::int64_t key_tile) {
     if (key_tile < end_tile) {
@@ -148,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
     const std::int64_t first_key = key_tile * kTileTokens;
     const auto pairs = Pairs::of<float>(first_query, first_key);
-    const bool plain = is_plain(p, batch, first_query, first_key);
-    bool any = true;
-    if (!plain) {
+    const Pattern pattern = pattern_of(p, batch, first_query, first_key);
+    bool any = pattern != Pattern::kNone;
+    if (pattern == Pattern::kSome) {
       float bias[4][4];
       any = load_biases_of_any(bias, p, batch, head, pairs);
     }
@@ -162,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     const Sharing sharing = sharing_of(largest_query, key.largest_of(kv_row, key_tile));
     float s[4][4];
     score_pairs<kWidth>(s, queries, keys, weight, weight_sum, quads, sharing);
-    finish_scores_of_any(s, p, batch, head, pairs, plain);
+    finish_scores_of_any(s, p, batch, head, pairs, pattern == Pattern::kPlain);
     float rescale[4];
     softmax.update(s, rescale, bounded);
-    if (p.dropout_p > 0) {
+    if (has_dropout) {
       const auto dropout = DropoutFactors<float>::of(p);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -183,9 +184,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     }
     __syncthreads();
     float product[kTiles][4];
-    multiply<Precision::kShortColumns>(product, {pairs_at, Shape::kPairStride, 1}, warp_row,
-                                       {keys + Shape::kTokens, 1, Shape::kStride}, warp_column,
-                                       kTileTokens, p.dtype);
+    multiply<Precision::kFull, Precision::kShortColumns>(
+        product, {pairs_at, Shape::kPairStride, 1}, warp_row,
+        {keys + Shape::kTokens, 1, Shape::kStride}, warp_column, kTileTokens, p.dtype);
     const float factor[2] = {factors[warp_row + lane / 4], factors[warp_row + lane / 4 + 8]};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

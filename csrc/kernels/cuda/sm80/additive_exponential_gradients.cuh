@@ -76,26 +76,27 @@ __device__ __forceinline__ void stage_statistics(const GradientMemory<kWidth>& m
 // What a block works on. Tiles are counted in 32 bits: registers are what the kernel has least of.
 struct ExponentialBlock {
   int row;  // batch * H + head
+  int batch;
+  int head;
+  int kv_row;
   int key_range;
   int query_range;
 
   static __device__ __forceinline__ ExponentialBlock of(const AttentionProblem& p,
                                                         const ExponentialWorkspace& workspace) {
     // The first keys of a causal problem have the most queries, so they go first.
-    const int rows = static_cast<int>(p.batch * p.heads);
+    const int heads = static_cast<int>(p.heads);
+    const int rows = static_cast<int>(p.batch) * heads;
     const int query_ranges = static_cast<int>(workspace.query_ranges);
     const int index = static_cast<int>(blockIdx.x);
+    const int row = index % rows;
     const int ranges = index / rows;
-    return {index % rows, ranges / query_ranges, ranges % query_ranges};
-  }
-  __device__ __forceinline__ int batch(const AttentionProblem& p) const {
-    return row / static_cast<int>(p.heads);
-  }
-  __device__ __forceinline__ int head(const AttentionProblem& p) const {
-    return row % static_cast<int>(p.heads);
-  }
-  __device__ __forceinline__ int kv_row(const AttentionProblem& p) const {
-    return row / static_cast<int>(p.group_size());  // as H / group size is Hk
+    return {row,
+            row / heads,
+            row % heads,
+            row / static_cast<int>(p.group_size()),  // as H / group size is Hk
+            ranges / query_ranges,
+            ranges % query_ranges};
   }
 };
 
@@ -109,12 +110,11 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
   const Thread me = thread_here();
   float s[4][4];
+  const bool has_dropout = p.dropout_p > 0;
   const auto pairs = Pairs::of<float>(std::int64_t{query_tile} * kTileTokens,
                                       std::int64_t{key_tile} * kTileTokens);
-  const int batch = block.batch(p);
-  const int head = block.head(p);
   score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, sharing);
-  finish_scores_of_any(s, p, batch, head, pairs, plain);
+  finish_scores_of_any(s, p, block.batch, block.head, pairs, plain);
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const float* const statistics = memory.statistics + 4 * me.row + r;
@@ -125,7 +125,9 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
     const float4 from_output = loaded(memory.dropped + at);
     const float grad_weights[4] = {from_output.x, from_output.y, from_output.z, from_output.w};
     float factor[4] = {1, 1, 1, 1};
-    if (p.dropout_p > 0) DropoutFactors<float>::of(p).load_row(factor, p, batch, head, pairs, r);
+    if (has_dropout) {
+      DropoutFactors<float>::of(p).load_row(factor, p, block.batch, block.head, pairs, r);
+    }
     float dropped[4];
     float gradient[4];
 #pragma unroll
@@ -274,19 +276,18 @@ struct QueryPart {
   int at;      // in the parts of a warp
   float2 before;
 
-  // Reads what was added before, well before it is needed. `out` is the first element of the first
-  // of the queries; `left` of them exist.
-  static __device__ __forceinline__ QueryPart of(float* out, std::int64_t left,
-                                                 std::int64_t features, int slice) {
+  // Reads what was added before, well before it is needed. `first` is the first of the queries,
+  // `end` the number of them.
+  static __device__ __forceinline__ QueryPart of(float* part, int first, int end, int features,
+                                                 int slice) {
     const int thread = thread_index_here();
-    const int local = thread / 32;
-    const int feature = thread % 32 * 2;
-    const int d = slice * kSliceFeatures + feature;
-    QueryPart part = {nullptr, local * kSliceFeatures + feature, {0, 0}};
-    if (local >= left || d >= features) return part;
-    part.to = reinterpret_cast<float2*>(out + local * features + d);
-    part.before = *part.to;
-    return part;
+    const int d = slice * kSliceFeatures + thread % 32 * 2;
+    const int i = first + thread / 32;
+    QueryPart result = {nullptr, thread * 2, {0, 0}};
+    if (i >= end || d >= features) return result;
+    result.to = reinterpret_cast<float2*>(part + std::int64_t{i} * features + d);
+    result.before = *result.to;
+    return result;
   }
 
   __device__ __forceinline__ void add(const float* parts, const float* weight, float factor) const {
@@ -299,10 +300,11 @@ struct QueryPart {
       sum.x += x.x;
       sum.y += x.y;
     }
-    const float* const w = weight + at % kSliceFeatures;
-    *to = {fmaf(factor * w[0], sum.x, before.x), fmaf(factor * w[1], sum.y, before.y)};
+    const float2 w = *reinterpret_cast<const float2*>(weight + at % kSliceFeatures);
+    *to = {fmaf(factor * w.x, sum.x, before.x), fmaf(factor * w.y, sum.y, before.y)};
   }
 };
+static_assert(kSliceFeatures == 64);  // a thread's two features are 2 thread of [8 queries][64]
 
 // The sum over the lanes of a feature; all of them have it.
 __device__ __forceinline__ float sum_of_lanes(float x, const SlopeLanes& lanes) {
@@ -389,7 +391,8 @@ __device__ __forceinline__ void begin_query_part(float* part, const AttentionBac
   }
 }
 
-// dP of a tile, to where p f comes.
+// dP of a tile, to where p f comes. Rounded: where p is close to 1, dP - delta is the difference of
+// two numbers that are all but equal.
 template <int kWidth>
 __device__ __forceinline__ void store_grad_weights(const GradientMemory<kWidth>& memory,
                                                    int value_columns, DType dtype) {
@@ -399,8 +402,9 @@ __device__ __forceinline__ void store_grad_weights(const GradientMemory<kWidth>&
   const int first_query = warp % 4 * 16;
   const int first_key = warp / 4 * 32;
   float product[4][4];
-  multiply<Precision::kShort>(product, {memory.grad_out, Shape::kStride, 1}, first_query,
-                              {memory.values, Shape::kStride, 1}, first_key, value_columns, dtype);
+  multiply<Precision::kRounded, Precision::kShort>(product, {memory.grad_out, Shape::kStride, 1},
+                                                   first_query, {memory.values, Shape::kStride, 1},
+                                                   first_key, value_columns, dtype);
   float* const to =
       memory.dropped + (first_query + lane / 4) * Shape::kPairStride + first_key + lane % 4 * 2;
 #pragma unroll
@@ -418,9 +422,9 @@ __device__ __forceinline__ void add_value_gradients(float (&grad_value)[kWidth /
   using Shape = ExponentialTile<kWidth>;
   const int warp = thread_index_here() / 32;
   float product[kWidth / 16][4];
-  multiply<Precision::kShortColumns>(product, {memory.dropped, 1, Shape::kPairStride},
-                                     warp % 4 * 16, {memory.grad_out, 1, Shape::kStride},
-                                     warp / 4 * (kWidth / 2), kTileTokens, dtype);
+  multiply<Precision::kFull, Precision::kShortColumns>(
+      product, {memory.dropped, 1, Shape::kPairStride}, warp % 4 * 16,
+      {memory.grad_out, 1, Shape::kStride}, warp / 4 * (kWidth / 2), kTileTokens, dtype);
 #pragma unroll
   for (int n = 0; n < kWidth / 16; ++n) {
 #pragma unroll
@@ -448,12 +452,12 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   const int end_query_tile = min(first_query_tile + static_cast<int>(workspace.queries_of_range),
                                  static_cast<int>(query.tiles));
 
-  bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch(p), block.head(p));
+  bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch, block.head);
   float largest_key = 0;
   float largest_query = 0;
   for (int n = first_key_tile + thread_index_here(); n < end_key_tile; n += kThreads) {
-    largest_key = fmaxf(largest_key, key.largest_of(block.kv_row(p), n));
-    beyond = beyond || value.largest_of(block.kv_row(p), n) == kInfinity<float>;
+    largest_key = fmaxf(largest_key, key.largest_of(block.kv_row, n));
+    beyond = beyond || value.largest_of(block.kv_row, n) == kInfinity<float>;
   }
   for (int n = first_query_tile; n < end_query_tile; ++n) {
     largest_query = fmaxf(largest_query, query.largest_of(block.row, n));
@@ -461,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   }
   beyond = beyond || sharing_of(largest_query, largest_key) == Sharing::kBeyond;
   if (__syncthreads_or(beyond) != 0) {
-    if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row(p), 1U);
+    if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row, 1U);
     return;
   }
   float weight_sum = 0;
@@ -480,8 +484,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   for (int key_tile = first_key_tile; key_tile < end_key_tile; ++key_tile) {
     cp_async_wait<0>();
     __syncthreads();
-    copy_tile<kWidth>(memory.keys, key.tile(block.kv_row(p), key_tile), key.columns);
-    copy_tile<kWidth>(memory.values, value.tile(block.kv_row(p), key_tile), value.columns);
+    copy_tile<kWidth>(memory.keys, key.tile(block.kv_row, key_tile), key.columns);
+    copy_tile<kWidth>(memory.values, value.tile(block.kv_row, key_tile), value.columns);
     cp_async_commit();
 
     KeyGradients<kWidth> sums = {};
@@ -491,13 +495,13 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
       {
         const std::int64_t first_query = std::int64_t{tile} * kTileTokens;
         const std::int64_t first_key = std::int64_t{key_tile} * kTileTokens;
-        const int batch = block.batch(p);
-        const KeyRange range = key_range_of_tile(p, batch, first_query, kTileTokens);
-        bool any = range.begin < first_key + kTileTokens && range.end > first_key;
-        plain = is_plain(p, batch, first_query, first_key);
-        if (any && p.mask_kind != MaskKind::kNone) {
+        const int batch = block.batch;
+        const Pattern pattern = pattern_of(p, batch, first_query, first_key);
+        plain = pattern == Pattern::kPlain;
+        bool any = pattern != Pattern::kNone;
+        if (pattern == Pattern::kSome && p.mask_kind != MaskKind::kNone) {
           float bias[4][4];
-          any = __syncthreads_or(load_biases_of_any(bias, p, batch, block.head(p),
+          any = __syncthreads_or(load_biases_of_any(bias, p, batch, block.head,
                                                     Pairs::of<float>(first_query, first_key))) != 0;
         }
         if (!any) continue;
@@ -507,8 +511,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
         cp_async_commit();
         stage_statistics(memory, Workspace<float>::of(p, workspace.generic),
                          block.row * p.query_length, first_query, p.query_length);
-        sharing = sharing_of(query.largest_of(block.row, tile),
-                             key.largest_of(block.kv_row(p), key_tile));
+        sharing =
+            sharing_of(query.largest_of(block.row, tile), key.largest_of(block.kv_row, key_tile));
       }
       cp_async_wait<0>();
       __syncthreads();
@@ -527,9 +531,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
 #pragma unroll 1
         for (int first = 0; first < kTileTokens; first += kPartRows) {
           float* const parts = memory.parts + first / kPartRows % 2 * (kThreads / 32 * kPartSize);
-          const std::int64_t i = std::int64_t{tile} * kTileTokens + first;
-          const auto query_sum = QueryPart::of(query_part + i * workspace.features,
-                                               p.query_length - i, workspace.features, slice);
+          const auto query_sum =
+              QueryPart::of(query_part, tile * kTileTokens + first,
+                            static_cast<int>(p.query_length), query.columns, slice);
           if (sharing != Sharing::kOne) {
             add_slopes_of_any<kWidth, true>(sums.key[slice], grad_weight[slice], parts, memory,
                                             lanes, first, slice);

@@ -45,8 +45,8 @@ inline const char* exponential_form_not_supported(const AttentionProblem& p,
   if (p.value_dim > kMostExponentialDims) return "the head dim of value is above 128";
   if (!(p.scale <= kLargestScale && p.scale >= -kLargestScale)) return "the scale is above 2^60";
   const std::int64_t tokens = p.query_length + p.key_length + 2 * kTileTokens;
-  if (p.batch * p.heads * 2 * (tokens / kTileTokens) > 0x7fffffff) {
-    return "more than 2^31 tiles of work, split the batch";
+  if (p.batch * p.heads * 2 * (tokens / kTileTokens) > 0x7fffffff || tokens > 0x7fffffff) {
+    return "more than 2^31 tokens, or tiles of work; split the batch";
   }
   return nullptr;
 }

@@ -159,13 +159,28 @@ __device__ __forceinline__ void score_pairs(float (&s)[4][4], const float* queri
   }
 }
 
-// Whether every pair of a tile exists and is allowed, without a bias.
-__device__ __forceinline__ bool is_plain(const AttentionProblem& p, std::int64_t batch,
-                                         std::int64_t first_query, std::int64_t first_key) {
-  if (p.mask_kind != MaskKind::kNone || p.slopes != nullptr) return false;
-  if (first_query + kTileTokens > p.query_length) return false;
-  return key_range(p, batch, first_query + kTileTokens - 1).begin <= first_key &&
-         key_range(p, batch, first_query).end >= first_key + kTileTokens;
+// Which pairs of a tile there are.
+enum class Pattern : std::uint8_t {
+  kPlain,  // all of them, without a bias
+  kSome,   // each has to be looked at
+  kNone
+};
+
+__device__ __forceinline__ Pattern pattern_of(const AttentionProblem& p, std::int64_t batch,
+                                              std::int64_t first_query, std::int64_t first_key) {
+  const std::int64_t end_query = first_query + kTileTokens;
+  const std::int64_t end_key = first_key + kTileTokens;
+  const bool whole = p.mask_kind == MaskKind::kNone && p.slopes == nullptr &&
+                     end_query <= p.query_length && end_key <= p.key_length;
+  if (p.window_left < 0 && p.window_right < 0 && p.key_starts == nullptr &&
+      p.key_lengths == nullptr) {
+    return whole ? Pattern::kPlain : Pattern::kSome;
+  }
+  const KeyRange first = key_range(p, batch, first_query);
+  const KeyRange last = key_range(p, batch, min(end_query, p.query_length) - 1);
+  if (first.begin >= end_key || last.end <= first_key) return Pattern::kNone;
+  return whole && last.begin <= first_key && first.end >= end_key ? Pattern::kPlain
+                                                                  : Pattern::kSome;
 }
 
 // Bias of a thread's pairs, whatever the type of the mask; whether any of them is allowed.
@@ -201,13 +216,15 @@ __device__ __forceinline__ float exponential_of_difference(float x) {
   return exp2_approx(x * 1.44269504F);
 }
 
-// x = high + low + an error of 2^-23 |x|, as TF32 numbers, of which tensor cores see the first 10
-// bits. Both are rounded: what is cut off always has the sign of x, and would add up.
+// x = high + low, as TF32 numbers, of which tensor cores see the first 10 bits. Products leave out
+// low times low, which is up to 2^-20 of the product and of its sign where high is cut off, and up
+// to 2^-22 of either sign where it is rounded, for one more instruction.
+template <bool kRounded>
 struct Split {
   std::uint32_t high;
   std::uint32_t low;
   static __device__ __forceinline__ Split of(float x) {
-    const std::uint32_t high = (__float_as_uint(x) + 0x1000U) & 0xffffe000U;
+    const std::uint32_t high = (__float_as_uint(x) + (kRounded ? 0x1000U : 0U)) & 0xffffe000U;
     return {high, __float_as_uint(x - __uint_as_float(high)) + 0x1000U};
   }
 };
@@ -220,8 +237,9 @@ struct Operand {
   int inner_stride;
 };
 
-// What is known of the numbers of two operands: float32, or TF32 numbers, as those of 16 bits are.
-enum class Precision : std::uint8_t { kFull, kShortColumns, kShort };
+// What is known of the numbers of two operands: float32, or TF32 numbers, as those of 16 bits are;
+// and whether float32 numbers are rounded where they are split.
+enum class Precision : std::uint8_t { kRounded, kFull, kShortColumns, kShort };
 
 // product = a b^T of 16 rows of a, from row `first_row` on, and kTiles times 8 rows of b, from
 // `first_column` on; of a whole warp. Lane l has rows l / 4 and l / 4 + 8 of columns 8 n + l % 4 *
@@ -232,6 +250,8 @@ template <Precision kPrecision, int kTiles>
 __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Operand& a,
                                          int first_row, const Operand& b, int first_column,
                                          int inner) {
+  using Part = Split<kPrecision == Precision::kRounded>;
+  constexpr bool kFull = kPrecision == Precision::kRounded || kPrecision == Precision::kFull;
   const int lane = thread_index_here() % 32;
   const float* const rows =
       a.data + (first_row + lane / 4) * a.outer_stride + lane % 4 * a.inner_stride;
@@ -249,7 +269,7 @@ __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Oper
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float x = rows[e % 2 * 8 * a.outer_stride + (k + e / 2 * 4) * a.inner_stride];
-      const Split split = Split::of(x);
+      const Part split = Part::of(x);
       high[e] = kPrecision == Precision::kShort ? __float_as_uint(x) : split.high;
       low[e] = split.low;
     }
@@ -261,8 +281,8 @@ __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Oper
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float y = column[4 * e * b.inner_stride];
-        const Split split = Split::of(y);
-        b_high[n][e] = kPrecision == Precision::kFull ? split.high : __float_as_uint(y);
+        const Part split = Part::of(y);
+        b_high[n][e] = kFull ? split.high : __float_as_uint(y);
         b_low[n][e] = split.low;
       }
     }
@@ -271,7 +291,7 @@ __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Oper
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) mma_m16n8k8_tf32(product[n], low, b_high[n]);
     }
-    if constexpr (kPrecision == Precision::kFull) {
+    if constexpr (kFull) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) mma_m16n8k8_tf32(product[n], high, b_low[n]);
     }
@@ -280,15 +300,15 @@ __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Oper
   }
 }
 
-// The same where only the inputs' dtype tells: kPrecision is that of 16 bits.
-template <Precision kPrecision, int kTiles>
+// The same where only the inputs' dtype tells: kPrecision of float32, kShortPrecision of 16 bits.
+template <Precision kPrecision, Precision kShortPrecision, int kTiles>
 __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Operand& a,
                                          int first_row, const Operand& b, int first_column,
                                          int inner, DType dtype) {
   if (dtype == DType::kFloat32) {
-    multiply<Precision::kFull>(product, a, first_row, b, first_column, inner);
-  } else {
     multiply<kPrecision>(product, a, first_row, b, first_column, inner);
+  } else {
+    multiply<kShortPrecision>(product, a, first_row, b, first_column, inner);
   }
 }
 
