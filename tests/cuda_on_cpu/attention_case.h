@@ -282,7 +282,7 @@ class ExponentialRun {
 
   void backward(const AttentionBackward& call) const {
     const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_exponential_backward_not_supported(p, false, device_) == nullptr);
+    CHECK(cuda::sm80::additive_exponential_backward_not_supported(p, device_) == nullptr);
     const testing::DeviceArray<char> workspace(
         static_cast<std::size_t>(cuda::sm80::additive_exponential_backward_workspace_bytes(p)));
     CHECK(cuda::sm80::additive_exponential_backward(call, workspace.data(), nullptr) ==
@@ -531,8 +531,7 @@ inline void run_case(const Case& c) {
   const bool backward = c.what != What::kGroup && c.what != What::kExponential;
   if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
   if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  const bool all_gradients =
-      backward && !has_group_gradients(c) && c.what != What::kExponentialGradients;
+  const bool all_gradients = backward && !has_group_gradients(c);
   if (all_gradients && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
   if (all_gradients && c.slopes) results.push_back(&grad_slopes);
 

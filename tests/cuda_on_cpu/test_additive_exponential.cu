@@ -130,6 +130,45 @@ const Case cases[] = {
      .dtype = kBF16,
      .mask = MaskKind::kFloat,
      .float32_mask = true},
+    {.name = "exponential float mask, full",
+     .batch = 2,
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kFloat,
+     .mask_broadcast = {false, false, false, false},
+     .grad_lse = true},
+    {.name = "exponential f16 mask, full, causal",
+     .dtype = kF16,
+     .query_length = 70,
+     .key_length = 132,
+     .mask = MaskKind::kFloat,
+     .mask_broadcast = {false, false, false, false},
+     .window_right = 0},
+    {.name = "exponential float mask of keys",
+     .batch = 2,
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kFloat,
+     .mask_broadcast = {true, false, true, false}},
+    {.name = "exponential float mask, one huge key",
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kFloat,
+     .mask_broadcast = {false, false, false, false},
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
+    {.name = "exponential broadcast mask, one huge key",
+     .query_length = 70,
+     .key_length = 67,
+     .mask = MaskKind::kFloat,
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
+    {.name = "exponential slopes, one huge key",
+     .query_length = 70,
+     .key_length = 67,
+     .slopes = true,
+     .special = Special::kOneHugeKey,
+     .redo = Redo::kSome},
     {.name = "exponential mask of lowest numbers",
      .mask = MaskKind::kFloat,
      .special = Special::kLowestMask},
@@ -169,7 +208,8 @@ const Case cases[] = {
      .key_length = 131,
      .offsets = true,
      .slopes = true,
-     .window_right = 0},
+     .window_right = 0,
+     .largest_term = 50},  // g times a distance
     {.name = "exponential dropout",
      .batch = 2,
      .query_length = 66,
@@ -298,10 +338,9 @@ void refusals() {
   using namespace torch_selfattn::kernels::cuda::sm80;
   const auto refused = [](auto change) {
     AttentionProblem p = anchor();
-    bool bias_gradients = false;
     DeviceLimits device{8, 110 * 1024};
-    change(bias_gradients, p, device);
-    return additive_exponential_backward_not_supported(p, bias_gradients, device) != nullptr;
+    change(p, device);
+    return additive_exponential_backward_not_supported(p, device) != nullptr;
   };
   const auto refused_forward = [](auto change) {
     AttentionProblem p = anchor();
@@ -309,23 +348,22 @@ void refusals() {
     change(p, device);
     return additive_exponential_not_supported(p, device) != nullptr;
   };
-  CHECK(!refused([](auto&, auto&, auto&) {}));
-  CHECK(!refused([](auto&, auto& p, auto& device) {
+  CHECK(!refused([](auto&, auto&) {}));
+  CHECK(!refused([](auto& p, auto& device) {
     p.head_dim = p.value_dim = 128;
     device.shared_bytes_per_block = 227 * 1024;
   }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 65; }));  // too little shared memory
-  CHECK(refused([](auto&, auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.activation = Activation::kLeakyRelu; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.dtype = DType::kFloat64; }));
-  CHECK(refused([](auto&, auto&, auto& device) { device.capability_major = 7; }));
-  CHECK(refused([](auto& bias_gradients, auto&, auto&) { bias_gradients = true; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 0; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.head_dim = 129; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.value_dim = 129; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.key_length = 0; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.scale = 1e19; }));
-  CHECK(refused([](auto&, auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
+  CHECK(refused([](auto& p, auto&) { p.head_dim = 65; }));  // too little shared memory
+  CHECK(refused([](auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));
+  CHECK(refused([](auto& p, auto&) { p.activation = Activation::kLeakyRelu; }));
+  CHECK(refused([](auto& p, auto&) { p.dtype = DType::kFloat64; }));
+  CHECK(refused([](auto&, auto& device) { device.capability_major = 7; }));
+  CHECK(refused([](auto& p, auto&) { p.head_dim = 0; }));
+  CHECK(refused([](auto& p, auto&) { p.head_dim = 129; }));
+  CHECK(refused([](auto& p, auto&) { p.value_dim = 129; }));
+  CHECK(refused([](auto& p, auto&) { p.key_length = 0; }));
+  CHECK(refused([](auto& p, auto&) { p.scale = 1e19; }));
+  CHECK(refused([](auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
   CHECK(!refused_forward([](auto&, auto&) {}));
   CHECK(!refused_forward([](auto& p, auto&) { p.key_length = 0; }));
   CHECK(refused_forward([](auto& p, auto&) { p.score = ScoreKind::kDotProduct; }));

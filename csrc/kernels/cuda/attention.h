@@ -24,9 +24,10 @@ cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream,
 std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
 
-// The two parts of attention_backward: its first launch, and the others. `wanted`, of calls that do
-// not ask for the gradient of mask or slopes: null, or a word of device memory for each (batch, key
-// head); gradients of those with a 0 are left alone, but their weight_parts are summed up.
+// The two parts of attention_backward: its first launch, and the others. `wanted`: null, or a word of
+// device memory for each (batch, key head); gradients of those with a 0 are left alone, but their
+// weight_parts and slope_parts are summed up. Not with the gradient of a mask that is broadcast, to
+// which all of them contribute. Without grad_query.data and grad_key.data there is only that.
 cudaError_t attention_backward_statistics(const AttentionBackward& call, void* workspace,
                                           cudaStream_t stream);
 cudaError_t attention_backward_gradients(const AttentionBackward& call, void* workspace,

@@ -183,8 +183,10 @@ struct GradientBlock {
     const AttentionProblem& p = call.problem;
     const std::int64_t mask_tiles =
         p.mask_size[0] * p.mask_size[1] * tiles<Acc>(p.mask_size[2]) * tiles<Acc>(p.mask_size[3]);
-    return {p.batch * p.kv_heads * tiles<Acc>(p.key_length) * key_slices<Acc>(p),
-            p.batch * p.heads * tiles<Acc>(p.query_length) * query_slices<Acc>(call),
+    const std::int64_t keys = p.batch * p.kv_heads * tiles<Acc>(p.key_length) * key_slices<Acc>(p);
+    const std::int64_t queries =
+        p.batch * p.heads * tiles<Acc>(p.query_length) * query_slices<Acc>(call);
+    return {call.grad_key.data != nullptr ? keys : 0, call.grad_query.data != nullptr ? queries : 0,
             call.grad_mask != nullptr ? mask_tiles : 0};
   }
 

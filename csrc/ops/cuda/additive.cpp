@@ -78,8 +78,8 @@ void additive_exponential_forward(const ForwardRequest& request, ForwardResults&
 }
 
 const char* additive_exponential_backward_not_supported(const BackwardRequest& request) {
-  return sm80::additive_exponential_backward_not_supported(
-      request.prepared.problem, request.bias_gradients, current_device());
+  return sm80::additive_exponential_backward_not_supported(request.prepared.problem,
+                                                           current_device());
 }
 
 void additive_exponential_backward(const BackwardRequest& request, BackwardResults& results) {

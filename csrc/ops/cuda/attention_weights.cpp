@@ -42,6 +42,7 @@ const WeightsImplementation implementations[] = {
     {"flash", gives_no_weights, nullptr},
     {"efficient", gives_no_weights, nullptr},
     {kAdditiveGroup, gives_no_weights, nullptr},
+    {kAdditiveExponential, gives_no_weights, nullptr},
     {"generic", kernels::cuda::attention_weights_not_supported, generic_weights},
 };
 

@@ -22,14 +22,13 @@ std::int64_t additive_exponential_workspace_bytes(const AttentionProblem& proble
 cudaError_t additive_exponential_forward(const AttentionForward& call, void* workspace,
                                          cudaStream_t stream);
 
-// Backward, whichever forward left (out, lse). Its reasons are its own; `bias_gradients`: those of
-// mask or slopes are asked for.
+// Backward, whichever forward left (out, lse). Its reasons are its own.
 const char* additive_exponential_backward_not_supported(const AttentionProblem& problem,
-                                                        bool bias_gradients,
                                                         const DeviceLimits& device);
 
-// Eight launches; the generic kernel is among them, for the (batch, key head)s of which a tile is
-// beyond the range. `workspace` as above.
+// Nine launches; the generic kernel is among them, for the (batch, key head)s of which a tile is
+// beyond the range, and once more for the gradient of a mask that is broadcast. `workspace` as
+// above.
 std::int64_t additive_exponential_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t additive_exponential_backward(const AttentionBackward& call, void* workspace,
                                           cudaStream_t stream);

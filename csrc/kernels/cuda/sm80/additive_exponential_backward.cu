@@ -15,10 +15,8 @@ ExponentialWorkspace workspace_of(const AttentionProblem& p, void* memory) {
 }  // namespace
 
 const char* additive_exponential_backward_not_supported(const AttentionProblem& p,
-                                                        bool bias_gradients,
                                                         const DeviceLimits& device) {
   if (const char* reason = exponential_form_not_supported(p, device)) return reason;
-  if (bias_gradients) return "it has no gradient of a mask or of ALiBi slopes";
   if (p.head_dim < 1) return "the queries have no elements";
   if (p.key_length == 0 || p.query_length == 0 || p.batch * p.heads == 0) {
     return "there are no queries or no keys";
@@ -71,11 +69,18 @@ cudaError_t additive_exponential_backward(const AttentionBackward& call, void* m
       p.head_dim);
   sum(workspace.value_parts, call.grad_value, p.kv_heads, key_parts, p.key_length, workspace.values,
       p.value_dim);
-  launches.run(additive_exponential_weight_kernel, blocks(p.batch * p.heads * p.head_dim), kThreads,
-               0, p, workspace);
+  launches.run(additive_exponential_parts_kernel, blocks(p.batch * p.heads * (p.head_dim + 1)),
+               kThreads, 0, p, workspace);
+  AttentionBackward rest = call;
+  if (!has_own_mask_gradient(p)) rest.grad_mask = nullptr;
   launches.then([&] {
-    return attention_backward_gradients(call, workspace.generic, stream, workspace.redo);
+    return attention_backward_gradients(rest, workspace.generic, stream, workspace.redo);
   });
+  if (call.grad_mask != nullptr && !has_own_mask_gradient(p)) {
+    AttentionBackward mask = call;
+    mask.grad_query.data = mask.grad_key.data = mask.grad_weight = mask.grad_slopes = nullptr;
+    launches.then([&] { return attention_backward_gradients(mask, workspace.generic, stream); });
+  }
   return launches.error();
 }
 

@@ -100,21 +100,47 @@ struct ExponentialBlock {
   }
 };
 
-// p f and g of a thread's pairs, in place of dP and beside it.
+// Whether the mask has an element for every pair, so that its gradient is g, as it is.
+TSA_HOST_DEVICE bool has_own_mask_gradient(const AttentionProblem& p) {
+  return p.mask_size[0] == p.batch && p.mask_size[1] == p.heads &&
+         p.mask_size[2] == p.query_length && p.mask_size[3] == p.key_length;
+}
+
+// The gradient of a mask that has an element for every pair, of four consecutive keys.
+__device__ __forceinline__ void store_mask_gradient(const AttentionBackward& call, std::int64_t row,
+                                                    std::int64_t i, std::int64_t j,
+                                                    const float (&g)[4]) {
+  const AttentionProblem& p = call.problem;
+  if (i >= p.query_length) return;
+  const std::int64_t at = (row * p.query_length + i) * p.key_length + j;
+  with_element(p.mask_dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (j + k < p.key_length) static_cast<T*>(call.grad_mask)[at + k] = from_acc<T>(g[k]);
+    }
+  });
+}
+
+// p f and g of a thread's pairs, in place of dP and beside it. Returns the sum of g times the
+// distance, where ALiBi slopes want it.
 template <int kWidth>
-__device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
-                                                   const GradientMemory<kWidth>& memory,
-                                                   const ExponentialBlock& block, int query_tile,
-                                                   int key_tile, float weight_sum, int quads,
-                                                   Sharing sharing, bool plain) {
+__device__ __forceinline__ float gradients_of_pairs(const AttentionBackward& call,
+                                                    const GradientMemory<kWidth>& memory,
+                                                    const ExponentialBlock& block, int query_tile,
+                                                    int key_tile, float weight_sum, int quads,
+                                                    Sharing sharing, bool plain) {
   constexpr int kPairStride = ExponentialTile<kWidth>::kPairStride;
+  const AttentionProblem& p = call.problem;
   const Thread me = thread_here();
   float s[4][4];
   const bool has_dropout = p.dropout_p > 0;
+  const bool stores_mask = call.grad_mask != nullptr && has_own_mask_gradient(p);
   const auto pairs = Pairs::of<float>(std::int64_t{query_tile} * kTileTokens,
                                       std::int64_t{key_tile} * kTileTokens);
   score_pairs<kWidth>(s, memory.queries, memory.keys, memory.weight, weight_sum, quads, sharing);
   finish_scores_of_any(s, p, block.batch, block.head, pairs, plain);
+  float slope = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const float* const statistics = memory.statistics + 4 * me.row + r;
@@ -140,6 +166,24 @@ __device__ __forceinline__ void gradients_of_pairs(const AttentionProblem& p,
     }
     put(memory.dropped + at, {dropped[0], dropped[1], dropped[2], dropped[3]});
     put(memory.gradient + at, {gradient[0], gradient[1], gradient[2], gradient[3]});
+    if (stores_mask) store_mask_gradient(call, block.row, pairs.query + r, pairs.key, gradient);
+    if (call.grad_slopes != nullptr) {
+      const auto distances = Distances<float>::of(p, block.batch, pairs);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) slope = fmaf(gradient[c], distances.at(r, c), slope);
+    }
+  }
+  return slope;
+}
+
+// The gradient of the mask where no pair of a tile is allowed.
+__device__ __forceinline__ void clear_mask_gradient(const AttentionBackward& call,
+                                                    const ExponentialBlock& block, int query_tile,
+                                                    int key_tile) {
+  const auto pairs = Pairs::of<float>(std::int64_t{query_tile} * kTileTokens,
+                                      std::int64_t{key_tile} * kTileTokens);
+  for (int r = 0; r < 4; ++r) {
+    store_mask_gradient(call, block.row, pairs.query + r, pairs.key, {0, 0, 0, 0});
   }
 }
 
@@ -481,6 +525,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   }
 
   float grad_weight[kSlices][2] = {};
+  float grad_slope = 0;
   for (int key_tile = first_key_tile; key_tile < end_key_tile; ++key_tile) {
     cp_async_wait<0>();
     __syncthreads();
@@ -504,7 +549,12 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
           any = __syncthreads_or(load_biases_of_any(bias, p, batch, block.head,
                                                     Pairs::of<float>(first_query, first_key))) != 0;
         }
-        if (!any) continue;
+        if (!any) {
+          if (call.grad_mask != nullptr && has_own_mask_gradient(p)) {
+            clear_mask_gradient(call, block, tile, key_tile);
+          }
+          continue;
+        }
         __syncthreads();
         copy_tile<kWidth>(memory.queries, query.tile(block.row, tile), query.columns);
         copy_tile<kWidth>(memory.grad_out, grad_out.tile(block.row, tile), grad_out.columns);
@@ -518,8 +568,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
       __syncthreads();
       store_grad_weights(memory, value.columns, p.dtype);
       __syncthreads();
-      gradients_of_pairs(p, memory, block, tile, key_tile, weight_sum, query.columns / 4, sharing,
-                         plain);
+      grad_slope += gradients_of_pairs(call, memory, block, tile, key_tile, weight_sum,
+                                       query.columns / 4, sharing, plain);
       __syncthreads();
       sums.sum += sum_of_gradients(memory);
       if (p.value_dim > 0) add_value_gradients(sums.value, memory, p.dtype);
@@ -554,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
                     static_cast<float>(p.scale), part, first_key, p.key_length);
   }
 
-  // The part of dw: sum g tanh, over the warps in order.
+  // The parts of dw, sum g tanh, and of the slope's gradient, over the warps in order.
   cp_async_wait<0>();
   __syncthreads();
   float* const sums = memory.parts;  // [8 warps][kWidth]
@@ -570,14 +620,25 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
       }
     }
   }
+  float* const slope_sums = sums + kThreads / 32 * kWidth;
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    grad_slope += __shfl_xor_sync(~0U, grad_slope, other);
+  }
+  if (thread % 32 == 0) slope_sums[thread / 32] = grad_slope;
   __syncthreads();
+  const std::int64_t part =
+      (block.row * workspace.key_ranges + block.key_range) * workspace.query_ranges +
+      block.query_range;
   if (thread < workspace.features) {
     float sum = 0;
     for (int warp = 0; warp < kThreads / 32; ++warp) sum += sums[warp * kWidth + thread];
-    const std::int64_t part =
-        (block.row * workspace.key_ranges + block.key_range) * workspace.query_ranges +
-        block.query_range;
     workspace.weight_parts[part * workspace.features + thread] = -2 * sum;
+  }
+  if (thread == 0) {
+    float sum = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) sum += slope_sums[warp];
+    workspace.slope_parts[part] = sum;
   }
 }
 
@@ -626,24 +687,26 @@ __global__ void __launch_bounds__(kThreads)
             static_cast<int>(d), call.dims, {sum.x, sum.y, sum.z, sum.w}, 4);
 }
 
-// Parts of dw where the generic kernel would leave them, whose last launch adds them up: all of a
-// (batch, head) in the first tile's place.
+// Parts of the gradients of weight and slopes where the generic kernel would leave them, whose last
+// launches add them up: all of a (batch, head) in the first tile's place.
 __global__ void __launch_bounds__(kThreads)
-    additive_exponential_weight_kernel(const __grid_constant__ AttentionProblem p,
-                                       const __grid_constant__ ExponentialWorkspace workspace) {
+    additive_exponential_parts_kernel(const __grid_constant__ AttentionProblem p,
+                                      const __grid_constant__ ExponentialWorkspace workspace) {
   const auto generic = Workspace<float>::of(p, workspace.generic);
   const std::int64_t tiles = Workspace<float>::query_tiles(p);
   const std::int64_t index = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const std::int64_t d = index % p.head_dim;
-  const std::int64_t row = index / p.head_dim;
-  if (row >= p.batch * p.heads) return;
+  const std::int64_t d = index % (p.head_dim + 1);
+  const std::int64_t row = index / (p.head_dim + 1);
+  const bool of_slope = d == p.head_dim;
+  if (row >= p.batch * p.heads || (of_slope && p.slopes == nullptr)) return;
   const std::int64_t count = workspace.key_ranges * workspace.query_ranges;
   float sum = 0;
-  for (std::int64_t n = 0; n < count; ++n) {
-    sum += workspace.weight_parts[(row * count + n) * workspace.features + d];
+  for (std::int64_t n = row * count; n < (row + 1) * count; ++n) {
+    sum += of_slope ? workspace.slope_parts[n] : workspace.weight_parts[n * workspace.features + d];
   }
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    generic.weight_parts[(row * tiles + tile) * p.head_dim + d] = tile == 0 ? sum : 0.0F;
+  for (std::int64_t tile = row * tiles; tile < (row + 1) * tiles; ++tile) {
+    (of_slope ? generic.slope_parts[tile] : generic.weight_parts[tile * p.head_dim + d]) = sum;
+    sum = 0;
   }
 }
 

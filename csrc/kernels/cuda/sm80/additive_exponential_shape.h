@@ -140,6 +140,7 @@ struct ExponentialWorkspace {
   float* key_parts = nullptr;     // (B, H, query_ranges, Lk, features)
   float* value_parts = nullptr;   // (B, H, query_ranges, Lk, values)
   float* weight_parts = nullptr;  // (B, H, key_ranges, query_ranges, features)
+  float* slope_parts = nullptr;   // (B, H, key_ranges, query_ranges)
   std::uint32_t* redo = nullptr;  // (B, Hk): not 0 for those that the generic kernel takes
   void* generic = nullptr;        // that kernel's workspace
   std::int64_t bytes = 0;
@@ -170,6 +171,7 @@ struct ExponentialWorkspace {
     w.key_parts = carver.take<float>(rows * w.query_ranges * p.key_length * w.features);
     w.value_parts = carver.take<float>(rows * w.query_ranges * p.key_length * w.values);
     w.weight_parts = carver.take<float>(rows * w.key_ranges * w.query_ranges * w.features);
+    w.slope_parts = carver.take<float>(rows * w.key_ranges * w.query_ranges);
     w.redo = carver.take<std::uint32_t>(p.batch * p.kv_heads);
     w.generic = carver.take<char>(generic_bytes);
     w.bytes = carver.bytes();
