@@ -40,7 +40,8 @@ enum class Special {
 
 // What is run: attention forward and backward, the weights by themselves, or the forward kernels of
 // the group method, by themselves, with the generic backward, or with the group method's after
-// them; that after the generic forward. Likewise the exponential form, forward and both passes.
+// them; that after the generic forward. Likewise the exponential form, forward and both passes; and
+// its backward after the forward of the group method.
 enum class What {
   kAttention,
   kWeights,
@@ -50,7 +51,8 @@ enum class What {
   kGroupGradients,
   kGroupGradientsAlone,
   kExponential,
-  kExponentialGradients
+  kExponentialGradients,
+  kGroupAndExponential
 };
 
 // How many tiles of queries a method leaves to the generic kernel; in backward how many (batch, key
@@ -190,7 +192,7 @@ struct Result {
 
 inline bool is_group(const Case& c) {
   return c.what == What::kGroup || c.what == What::kGroupAndBackward ||
-         c.what == What::kGroupGradients;
+         c.what == What::kGroupGradients || c.what == What::kGroupAndExponential;
 }
 inline bool has_group_gradients(const Case& c) {
   return c.what == What::kGroupGradients || c.what == What::kGroupGradientsAlone;
@@ -198,6 +200,10 @@ inline bool has_group_gradients(const Case& c) {
 
 inline bool is_exponential(const Case& c) {
   return c.what == What::kExponential || c.what == What::kExponentialGradients;
+}
+
+inline bool has_exponential_gradients(const Case& c) {
+  return c.what == What::kExponentialGradients || c.what == What::kGroupAndExponential;
 }
 
 inline double tolerance(const Case& c) {
@@ -311,7 +317,7 @@ class GroupRun {
     const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace.data());
     const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
     // What is beyond the range of num / den in forward is so in backward.
-    if (case_.what != What::kGroupGradients) {
+    if (!has_group_gradients(case_) && !has_exponential_gradients(case_)) {
       check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
     }
   }
@@ -576,7 +582,7 @@ inline void run_case(const Case& c) {
     }
     if (has_group_gradients(c)) {
       group.backward(backward_call(true));
-    } else if (c.what == What::kExponentialGradients) {
+    } else if (has_exponential_gradients(c)) {
       exponential.backward(backward_call(true));
     } else if (backward) {
       CHECK(attention_backward(backward_call(true), workspace.data(), nullptr) == cudaSuccess);

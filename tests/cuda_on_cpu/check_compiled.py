@@ -1,11 +1,12 @@
-"""Compiles the kernels of the group method by nvcc and checks what ptxas and the SASS say of them.
+"""Compiles the kernels of the additive score by nvcc and checks what ptxas and the SASS say.
 
     python check_compiled.py <build folder> <nvcc> [cuobjdump]
 
-For each target: no spills (of the blocks of keys in backward no more than they are known for), and
-registers for as many blocks as the kernel counts on. With cuobjdump
-(in the PATH or beside nvcc too) also the instructions of the inner block, which does a quad of
-features for a warp's 16 queries and a tile of keys, against the budget of docs/kernels.md.
+For each target: no spills, or no more than a kernel is known for, and registers for as many blocks
+as it counts on. With cuobjdump (in the PATH or beside nvcc too) also the instructions of the inner
+blocks, against the budgets of docs/kernels.md: of the group method's forward, which does a quad of
+features for a warp's 16 queries and a tile of keys; of the exponential form's scores, of 16 pairs
+and four features; of its slopes, of 8 queries, 8 keys and two features of each lane.
 """
 
 import os
@@ -14,23 +15,52 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 FOLDER = CSRC / "kernels/cuda/sm80"
-SOURCES = ("additive_group", "additive_group_backward")
+SOURCES = (
+    "additive_exponential",
+    "additive_exponential_backward",
+    "additive_exponential_prepare",
+    "additive_group",
+    "additive_group_backward",
+)
 TARGETS = ("80", "90a")
 REGISTERS = 65536  # of a multiprocessor
 
-# Blocks of a multiprocessor and threads of a block, by columns of the values (0: other kernels).
-FORWARD_BLOCKS = {64: 3, 128: 2, 256: 2}
-FORWARD_THREADS = 128
-GRADIENT_THREADS = 384
-# Bytes of spill stores of the blocks of keys, by target; those of queries have none.
-GRADIENT_SPILLS = {"80": 32, "90a": 16}
 
-# The inner block with four groups to a reciprocal, per 16 x 8 pairs of one group and warp.
+@dataclass(frozen=True)
+class Limits:
+    """Of the kernels whose mangled name matches the pattern."""
+
+    pattern: str
+    threads: int  # of a block
+    blocks: int  # of a multiprocessor
+    spills: dict[str, int] = field(default_factory=dict)  # bytes of stores, by target
+
+
+# The spills of the exponential form are outside of its inner blocks.
+LIMITS = [
+    Limits("additive_group_forward_kernel.*Li64E", 128, 3),
+    Limits("additive_group_forward_kernel.*Li(128|256)E", 128, 2),
+    Limits("additive_group_gradients_kernel[^L]*Lb0", 384, 1),  # blocks of queries
+    Limits("additive_group_gradients_kernel[^L]*Lb1", 384, 1, {"80": 32, "90a": 16}),
+    Limits("additive_exponential_forward_kernel.*Li64E", 256, 2, {"90a": 24}),
+    Limits("additive_exponential_gradients_kernel.*Li64E", 256, 2, {"80": 80, "90a": 64}),
+    Limits("additive_exponential_(forward|gradients)_kernel.*Li128E", 256, 1),
+    Limits("", 256, 4),  # the others
+]
+
+# Counts of the inner blocks, and of what: they are found by these numbers of HMMA, MUFU and FFMA.
+# The group method with four groups to a reciprocal, per 16 x 8 pairs of one group and warp.
 BUDGET = {"HMMA": 2.0, "FP32": 10.0, "MUFU": 1.0, "LDS": 0.8, "HMUL2": 0.5, "all": 15.5}
+EXPONENTIAL_BLOCKS = {
+    "scores by fours": ({"MUFU": 16, "FFMA": 128}, {"FP32": 224, "LDS": 9, "all": 258}),
+    "scores by twos": ({"MUFU": 32, "FFMA": 128}, {"FP32": 192, "LDS": 9, "all": 242}),
+    "slopes": ({"MUFU": 64, "FFMA": 640}, {"FP32": 832, "LDS": 32, "all": 960}),
+}
 
 
 def output_of(*command: str) -> str:
@@ -43,7 +73,7 @@ def output_of(*command: str) -> str:
 
 
 def width_of(kernel: str) -> int:
-    """Columns of the values of a forward kernel by its mangled name, else 0."""
+    """Columns of the values of a forward kernel of the group method by its mangled name, else 0."""
     found = re.search(r"additive_group_forward_kernel\w*Li(\d+)E", kernel)
     return int(found[1]) if found else 0
 
@@ -56,19 +86,17 @@ def check_resources(target: str, log: str) -> list[str]:
         log,
         re.DOTALL,
     )
-    if not any("forward_kernel" in entry[0] or "gradients_kernel" in entry[0] for entry in entries):
-        wrong.append(f"sm_{target}: no forward or gradients kernel in ptxas' output")
+    if not entries:
+        wrong.append(f"sm_{target}: no kernel in ptxas' output")
     for name, *numbers in entries:
         stack, stores, loads, registers = map(int, numbers)
-        width = width_of(name)
-        gradients = re.search(r"gradients_kernelI\w*?Lb([01])", name)
-        threads = FORWARD_BLOCKS[width] * FORWARD_THREADS if width else GRADIENT_THREADS
-        most = REGISTERS // threads // 8 * 8 if width or gradients else 64
-        spills = GRADIENT_SPILLS[target] if gradients and gradients[1] == "1" else 0
-        short = re.search(r"additive_group_\w+?_kernel(I\w*?E)?", name)
+        limits = next(x for x in LIMITS if re.search(x.pattern, name))
+        most = min(REGISTERS // (limits.threads * limits.blocks) // 8 * 8, 255)
+        spills = limits.spills.get(target, 0)
+        short = re.search(r"additive_[a-z_]+_kernel(I\w*?E)?", name)
         title = f"sm_{target} {short[0] if short else name}"
         print(f"{title}: {registers} registers, {stores} bytes of spill stores, stack {stack}")
-        if max(stack, stores) > spills or loads > 2 * spills or registers > min(most, 255):
+        if max(stack, stores) > spills or loads > 3 * spills or registers > most:
             wrong.append(f"{title}: more than {spills} bytes of spills, or than {most} registers")
     return wrong
 
@@ -102,10 +130,12 @@ def blocks_of(sass: str) -> dict[str, list[list[str]]]:
 def counts(block: list[str]) -> Counter[str]:
     kinds = {
         "HMMA": ("HMMA",),
+        "FFMA": ("FFMA",),
         "FP32": ("FMUL", "FFMA", "FADD"),
         "MUFU": ("MUFU",),
         "LDS": ("LDS", "LDSM"),
         "HMUL2": ("HMUL2", "HFMA2"),
+        "local": ("LDL", "STL"),
     }
     found = Counter(all=len(block))
     for opcode in block:
@@ -114,29 +144,53 @@ def counts(block: list[str]) -> Counter[str]:
     return found
 
 
+def check_group(target: str, kernel: str, blocks: list[Counter[str]]) -> list[str]:
+    width = width_of(kernel)
+    keys = 32 if width > 128 else 64
+    units = 4 * keys // 8  # groups by tiles of 8 keys
+    inner = [c for c in blocks if c["HMMA"] == 2 * units and c["MUFU"] == units]
+    title = f"sm_{target} forward, {width} columns"
+    if len(inner) != 1:
+        return [f"{title}: {len(inner)} blocks look like the inner one"]
+    each = {kind: inner[0][kind] / units for kind in BUDGET}
+    print(f"{title}: " + ", ".join(f"{kind} {x:.2f}" for kind, x in each.items()))
+    # Operands of the queries are loaded for half as many keys where the values are wide.
+    extra = {"LDS": 0.4, "HMUL2": 0.5, "all": 1.5} if keys == 32 else {}
+    return [
+        f"{title}: {each[kind]:.2f} {kind}, the budget is {limit}"
+        for kind, limit in ((k, x + extra.get(k, 0)) for k, x in BUDGET.items())
+        if each[kind] > limit
+    ]
+
+
+def check_exponential(target: str, kernel: str, blocks: list[Counter[str]]) -> list[str]:
+    wrong = []
+    gradients = "gradients_kernel" in kernel
+    for name, (exact, most) in EXPONENTIAL_BLOCKS.items():
+        if name == "slopes" and not gradients:
+            continue
+        title = f"sm_{target} {'gradients' if gradients else 'forward'}, {name}"
+        inner = [c for c in blocks if all(c[kind] == count for kind, count in exact.items())]
+        if not inner:
+            wrong.append(f"{title}: no block looks like it")
+        for found in inner:
+            print(f"{title}: " + ", ".join(f"{kind} {found[kind]}" for kind in (*exact, *most)))
+            wrong += [
+                f"{title}: {found[kind]} {kind}, the budget is {limit}"
+                for kind, limit in {**most, "local": 0}.items()
+                if found[kind] > limit
+            ]
+    return wrong
+
+
 def check_instructions(target: str, sass: str) -> list[str]:
     wrong = []
     for kernel, blocks in blocks_of(sass).items():
-        width = width_of(kernel)
-        if width == 0:
-            continue
-        keys = 32 if width > 128 else 64
-        units = 4 * keys // 8  # groups by tiles of 8 keys
-        inner = [counts(block) for block in blocks]
-        inner = [c for c in inner if c["HMMA"] == 2 * units and c["MUFU"] == units]
-        title = f"sm_{target} forward, {width} columns"
-        if len(inner) != 1:
-            wrong.append(f"{title}: {len(inner)} blocks look like the inner one")
-            continue
-        each = {kind: inner[0][kind] / units for kind in BUDGET}
-        print(f"{title}: " + ", ".join(f"{kind} {x:.2f}" for kind, x in each.items()))
-        # Operands of the queries are loaded for half as many keys where the values are wide.
-        extra = {"LDS": 0.4, "HMUL2": 0.5, "all": 1.5} if keys == 32 else {}
-        wrong += [
-            f"{title}: {each[kind]:.2f} {kind}, the budget is {limit}"
-            for kind, limit in ((k, x + extra.get(k, 0)) for k, x in BUDGET.items())
-            if each[kind] > limit
-        ]
+        found = [counts(block) for block in blocks]
+        if width_of(kernel) != 0:
+            wrong += check_group(target, kernel, found)
+        elif re.search("additive_exponential_(forward|gradients)_kernel", kernel):
+            wrong += check_exponential(target, kernel, found)
     return wrong
 
 

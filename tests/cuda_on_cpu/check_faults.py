@@ -1,6 +1,6 @@
 """Plants faults in copies of the CUDA kernels and checks that the tests find each of them.
 
-    python check_faults.py [--only PART] <build folder> <compiler> <CUDA include folder>...
+    python check_faults.py [--only PART]... <build folder> <compiler> <CUDA include folder>...
 
 A fault is a replacement in the source: one that no longer matches is an error, so that the list
 follows the kernels.
@@ -30,6 +30,12 @@ BUILDS = {  # flags of everything, flags of the kernels only, seed
 
 
 GENERIC = ("attention_forward", "attention_backward", "attention_weights")  # kernels/cuda/*.cu
+EXPONENTIAL = (
+    "sm80/additive_exponential",
+    "sm80/additive_exponential_backward",
+    "sm80/additive_exponential_prepare",
+)
+KERNELS = (*GENERIC, *EXPONENTIAL, "sm80/additive_group", "sm80/additive_group_backward")
 
 
 @dataclass(frozen=True)
@@ -38,28 +44,20 @@ class Program:
 
     tests: tuple[str, ...]
     kernels: tuple[str, ...]  # that may have the fault
-    others: tuple[str, ...]  # that never have it
     dtype: str  # of the tests
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Kernels that never have the fault."""
+        return tuple(name for name in KERNELS if name not in self.kernels)
 
 
 PROGRAMS = {
-    "attention": Program(
-        ("test_attention.cu", "test_attention_weights.cu"),
-        GENERIC,
-        ("sm80/additive_group", "sm80/additive_group_backward"),
-        "kFloat32",
-    ),
-    "group": Program(
-        ("test_additive_group.cu",),
-        ("sm80/additive_group",),
-        (*GENERIC, "sm80/additive_group_backward"),
-        "kBFloat16",
-    ),
+    "attention": Program(("test_attention.cu", "test_attention_weights.cu"), GENERIC, "kFloat32"),
+    "exponential": Program(("test_additive_exponential.cu",), EXPONENTIAL, "kFloat32"),
+    "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), "kBFloat16"),
     "group gradients": Program(
-        ("test_additive_group_backward.cu",),
-        ("sm80/additive_group_backward",),
-        (*GENERIC, "sm80/additive_group"),
-        "kBFloat16",
+        ("test_additive_group_backward.cu",), ("sm80/additive_group_backward",), "kBFloat16"
     ),
 }
 
@@ -100,7 +98,7 @@ class Fault:
 
     @property
     def program(self) -> Program:
-        for name in ("group gradients", "group"):
+        for name in ("exponential", "group gradients", "group"):
             if self.test.startswith(name):
                 return PROGRAMS[name]
         return PROGRAMS["attention"]
@@ -108,6 +106,9 @@ class Fault:
 
 FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
 GRADIENTS = "kernels/cuda/sm80/additive_group_gradients.cuh"
+EXPONENTIAL_TILE = "kernels/cuda/sm80/additive_exponential_tile.cuh"
+EXPONENTIAL_FORWARD = "kernels/cuda/sm80/additive_exponential_forward.cuh"
+EXPONENTIAL_GRADIENTS = "kernels/cuda/sm80/additive_exponential_gradients.cuh"
 
 FAULTS = [
     Fault(
@@ -262,6 +263,154 @@ FAULTS = [
         "const Vector<Acc> x = ",
         "plain",
         "leaky NaN behind a mask",
+    ),
+    Fault(
+        "exponential: two features of four with each other's weights",
+        EXPONENTIAL_TILE,
+        "fmaf(w.z, x3, w.w * x2)",
+        "fmaf(w.z, x2, w.w * x3)",
+        "plain",
+        "exponential, N(0, 2)",
+    ),
+    Fault(
+        "exponential: the last feature alone with the third's x",
+        EXPONENTIAL_TILE,
+        "fmaf(w.w, reciprocal_approx(x3), s[r][c])",
+        "fmaf(w.w, reciprocal_approx(x2), s[r][c])",
+        "plain",
+        "exponential one feature",
+    ),
+    Fault(
+        "exponential: four features share beyond their range",
+        EXPONENTIAL_TILE,
+        "if (sum <= 11) return",
+        "if (sum <= 22) return",
+        "plain",
+        "exponential two features",
+    ),
+    Fault(
+        "exponential: slopes share beyond their range",
+        EXPONENTIAL_GRADIENTS,
+        "if (sharing != Sharing::kOne) {",
+        "if (true) {",
+        "plain",
+        "exponential one feature",
+    ),
+    Fault(
+        "exponential: nothing is beyond the range",
+        EXPONENTIAL_TILE,
+        "sum <= 44 ? Sharing::kOne : Sharing::kBeyond",
+        "sum <= 1e9F ? Sharing::kOne : Sharing::kBeyond",
+        "plain",
+        "exponential forward, beyond",
+    ),
+    Fault(
+        "exponential: padding is not zero",
+        "kernels/cuda/sm80/additive_exponential_prepare.cu",
+        "if (token >= range.begin && token < range.end) {",
+        "if (token < tensor.length) {",
+        "plain",
+        "exponential NaN behind lengths",
+    ),
+    Fault(
+        "exponential: scores that are not bounded keep their first maximum",
+        EXPONENTIAL_FORWARD,
+        "bool has_maximum = bounded;",
+        "bool has_maximum = true;",
+        "plain",
+        "exponential large weights, long",
+    ),
+    Fault(
+        "exponential: sums are not rescaled",
+        EXPONENTIAL_FORWARD,
+        "sum[r] *= rescale[r];",
+        "",
+        "plain",
+        "exponential large weights, long",
+    ),
+    Fault(
+        "exponential: the output is not rescaled",
+        EXPONENTIAL_FORWARD,
+        "fmaf(out[n][e], factor[e / 2], product[n][e])",
+        "out[n][e] + product[n][e]",
+        "plain",
+        "exponential large weights, long",
+    ),
+    Fault(
+        "exponential: the gradient of lse is left out of dq",
+        EXPONENTIAL_GRADIENTS,
+        "block.key_range == 0 &&",
+        "block.key_range < 0 &&",
+        "plain",
+        "exponential lse gradient",
+    ),
+    Fault(
+        "exponential: rows without a key take the gradient of lse",
+        EXPONENTIAL_GRADIENTS,
+        "statistics.maximum[at] != -kInfinity<float> && statistics.inverse_sum[at] != 0",
+        "true",
+        "plain",
+        "exponential rows without a key",
+    ),
+    Fault(
+        "exponential: dk without the sum of g",
+        EXPONENTIAL_GRADIENTS,
+        "fmaf(-4.0F, x, of_key)",
+        "-4.0F * x",
+        "plain",
+        "exponential odd sizes",
+    ),
+    Fault(
+        "exponential: ranges of queries leave their parts in one place",
+        EXPONENTIAL_GRADIENTS,
+        "const std::int64_t part = block.row * workspace.query_ranges + block.query_range;",
+        "const std::int64_t part = block.row * workspace.query_ranges;",
+        "plain",
+        "exponential odd sizes",
+    ),
+    Fault(
+        "exponential: the mask's gradient is not cleared where nothing is allowed",
+        EXPONENTIAL_GRADIENTS,
+        "clear_mask_gradient(call, block, tile, key_tile);",
+        ";",
+        "plain",
+        "exponential f16 mask, full, causal",
+    ),
+    Fault(
+        "exponential: parts of dq read before all warps have left theirs",
+        EXPONENTIAL_GRADIENTS,
+        "          __syncthreads();\n          query_sum.add(",
+        "          query_sum.add(",
+        "race",
+        "exponential E 16",
+        "data race",
+    ),
+    Fault(
+        "exponential: dP read before all warps have stored it",
+        EXPONENTIAL_GRADIENTS,
+        "      store_grad_weights(memory, value.columns, p.dtype);\n      __syncthreads();",
+        "      store_grad_weights(memory, value.columns, p.dtype);",
+        "race",
+        "exponential E 16",
+        "data race",
+    ),
+    Fault(
+        "exponential: a stage copied over while it is read",
+        EXPONENTIAL_FORWARD,
+        "float* const to = stages + key_tile % 2 * (2 * Shape::kTokens);",
+        "float* const to = stages + 0 * (2 * Shape::kTokens);",
+        "race",
+        "exponential blocks hidden by a mask",
+        "data race",
+    ),
+    Fault(
+        "exponential: too little shared memory",
+        "kernels/cuda/sm80/additive_exponential_shape.h",
+        "4 * kTokens + kPairs + kTileTokens;",
+        "4 * kTokens + kPairs;",
+        "asan",
+        "exponential E 16",
+        "",
     ),
     Fault(
         "group: a stage used before all warps have filled it",
@@ -507,10 +656,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("compiler")
     parser.add_argument("cuda", nargs="+")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", action="append", help="a part of the names of faults")
     options = parser.parse_args()
     checker = Checker(options.folder.resolve(), options.compiler, options.cuda)
-    wanted = [f for f in FAULTS if options.only in f.name]
+    wanted = [f for f in FAULTS if any(part in f.name for part in options.only or [""])]
     if not wanted:
         parser.error(f"--only: part of the name of a fault (got {options.only!r})")
     wanted_objects = sorted({(f.build, f.program.kernels) for f in wanted})

@@ -58,9 +58,9 @@ const BackwardImplementation backward_implementations[] = {
     {"cudnn", cudnn_backward_not_supported, cudnn_backward},
     {"flash", flash_backward_not_supported, flash_backward},
     {"efficient", efficient_backward_not_supported, efficient_backward},
+    {kAdditiveGroup, additive_group_backward_not_supported, additive_group_backward},
     {kAdditiveExponential, additive_exponential_backward_not_supported,
      additive_exponential_backward},
-    {kAdditiveGroup, additive_group_backward_not_supported, additive_group_backward},
     {"generic", generic_backward_not_supported, generic_backward},
 };
 
