@@ -30,6 +30,7 @@ NO_GPU, NO_CUDA_KERNELS = 3, 4
 # Seconds for each step; together under ten minutes.
 LIMITS = {
     "kernels": 60, "tests": 270, "memcheck": 60, "racecheck": 60, "benchmarks": 80, "additive": 50,
+    "additive_float32": 50,
 }  # fmt: skip
 
 
@@ -160,10 +161,12 @@ def run_steps(steps: Steps, out: Path, build: Path | None) -> None:
 
     benchmarks = {
         "benchmarks": ("--set", "quick"),
-        # Kernels that run by name only.
         "additive": (
             "--set", "additive_gpu", "--dtype", "bfloat16",
-            "--against", "ours:additive_group", "compile",
+            "--against", "ours:additive_exponential", "compile",
+        ),
+        "additive_float32": (
+            "--set", "additive_gpu", "--dtype", "float32", "--against", "ours:generic", "compile",
         ),
     }  # fmt: skip
     for name, arguments in benchmarks.items():

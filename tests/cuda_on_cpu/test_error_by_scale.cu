@@ -24,6 +24,8 @@ struct Path {
 constexpr Path kPaths[] = {
     {"generic float32", What::kAttention, DType::kFloat32, 2e-6, 5e-6},
     {"generic bfloat16", What::kAttention, DType::kBFloat16, 1e-3, 1.5e-2},
+    {"additive_exponential float32", What::kExponentialGradients, DType::kFloat32, 2e-6, 5e-6},
+    {"additive_exponential bfloat16", What::kExponentialGradients, DType::kBFloat16, 1e-3, 8e-3},
     {"additive_group bfloat16", What::kGroupGradients, DType::kBFloat16, 8e-3, 2e-2},
 };
 
@@ -56,7 +58,9 @@ void sweep() {
 const testing::Test tests[] = {
     {"error by scale, generic float32", sweep<0>},
     {"error by scale, generic bfloat16", sweep<1>},
-    {"error by scale, additive_group", sweep<2>},
+    {"error by scale, additive_exponential float32", sweep<2>},
+    {"error by scale, additive_exponential bfloat16", sweep<3>},
+    {"error by scale, additive_group", sweep<4>},
 };
 
 }  // namespace
