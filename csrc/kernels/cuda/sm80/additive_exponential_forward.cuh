@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     cp_async_commit();
   };
   const float largest_query = query.largest_of(row, tile);
-  bool beyond = stage_weight<kWidth>(weight, p, batch, head);
+  bool beyond = stage_weight<kWidth>(weight, p, batch, head) || largest_query == kInfinity<float>;
   for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
-    beyond = beyond || sharing_of(largest_query, key.largest_of(kv_row, n)) == Sharing::kBeyond ||
+    beyond = beyond || key.largest_of(kv_row, n) == kInfinity<float> ||
              value.largest_of(kv_row, n) == kInfinity<float>;
   }
   beyond = __syncthreads_or(beyond) != 0;

@@ -497,17 +497,14 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
                                  static_cast<int>(query.tiles));
 
   bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch, block.head);
-  float largest_key = 0;
-  float largest_query = 0;
   for (int n = first_key_tile + thread_index_here(); n < end_key_tile; n += kThreads) {
-    largest_key = fmaxf(largest_key, key.largest_of(block.kv_row, n));
-    beyond = beyond || value.largest_of(block.kv_row, n) == kInfinity<float>;
+    beyond = beyond || key.largest_of(block.kv_row, n) == kInfinity<float> ||
+             value.largest_of(block.kv_row, n) == kInfinity<float>;
   }
-  for (int n = first_query_tile; n < end_query_tile; ++n) {
-    largest_query = fmaxf(largest_query, query.largest_of(block.row, n));
-    beyond = beyond || grad_out.largest_of(block.row, n) == kInfinity<float>;
+  for (int n = first_query_tile + thread_index_here(); n < end_query_tile; n += kThreads) {
+    beyond = beyond || query.largest_of(block.row, n) == kInfinity<float> ||
+             grad_out.largest_of(block.row, n) == kInfinity<float>;
   }
-  beyond = beyond || sharing_of(largest_query, largest_key) == Sharing::kBeyond;
   if (__syncthreads_or(beyond) != 0) {
     if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row, 1U);
     return;

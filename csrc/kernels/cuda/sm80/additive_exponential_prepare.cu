@@ -12,7 +12,7 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 namespace {
 
 // e^2x of larger numbers may overflow, or may be so small that it has lost digits.
-constexpr float kLargestExponent = 40;
+constexpr float kLargestExponent = 32;
 // Weights of pairs may be up to e^40, see BoundedSoftmax, and their products with values must be
 // far from overflow. Gradients must survive being split into two TF32 numbers.
 constexpr float kLargestValue = 0x1p32F;

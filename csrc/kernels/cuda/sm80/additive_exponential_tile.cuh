@@ -34,8 +34,7 @@ constexpr float kLargestWeight = 0x1p20F;
 __device__ __forceinline__ Sharing sharing_of(float largest_query, float largest_key) {
   const float sum = largest_query + largest_key;
   if (sum <= 11) return Sharing::kFour;
-  if (sum <= 22) return Sharing::kTwo;
-  return sum <= 44 ? Sharing::kOne : Sharing::kBeyond;
+  return sum <= 22 ? Sharing::kTwo : Sharing::kOne;
 }
 
 // The slot of a tile in which a token of it lies.
