@@ -57,10 +57,6 @@ LIMITS = [
 # The group method with four groups to a reciprocal, per 16 x 8 pairs of one group and warp.
 BUDGET = {"HMMA": 2.0, "FP32": 10.0, "MUFU": 1.0, "LDS": 0.8, "HMUL2": 0.5, "all": 15.5}
 EXPONENTIAL_BLOCKS = {
-    "scores by fours over weights": (
-        {"MUFU": 16, "FFMA": 96},
-        {"FP32": 192, "LDS": 9, "all": 230},
-    ),
     "scores by fours": ({"MUFU": 16, "FFMA": 128}, {"FP32": 224, "LDS": 9, "all": 258}),
     "scores by twos": ({"MUFU": 32, "FFMA": 128}, {"FP32": 192, "LDS": 9, "all": 242}),
     "slopes": ({"MUFU": 64, "FFMA": 640}, {"FP32": 832, "LDS": 32, "all": 960}),
@@ -171,7 +167,7 @@ def check_exponential(target: str, kernel: str, blocks: list[Counter[str]]) -> l
     wrong = []
     gradients = "gradients_kernel" in kernel
     for name, (exact, most) in EXPONENTIAL_BLOCKS.items():
-        if name == ("scores by fours over weights" if gradients else "slopes"):
+        if name == "slopes" and not gradients:
             continue
         title = f"sm_{target} {'gradients' if gradients else 'forward'}, {name}"
         inner = [c for c in blocks if all(c[kind] == count for kind, count in exact.items())]

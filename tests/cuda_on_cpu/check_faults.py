@@ -305,14 +305,6 @@ FAULTS = [
         "exponential N(0, 1e4)",
     ),
     Fault(
-        "exponential: small weights folded beyond their range",
-        EXPONENTIAL_TILE,
-        "folded.limit = fminf(11.0F, (126 - most) / 4 * 0.34657359F - 0.01F);",
-        "folded.limit = 11.0F;",
-        "plain",
-        "exponential small weights",
-    ),
-    Fault(
         "exponential: padding is not zero",
         "kernels/cuda/sm80/additive_exponential_prepare.cu",
         "if (token >= range.begin && token < range.end) {",

@@ -178,15 +178,21 @@ struct GradientBlock {
     return slices<Acc>(head_dim == 0 && call.grad_slopes != nullptr ? 1 : head_dim);
   }
 
+  // Asked for by leaving out dq; that of an empty one, which has no address either, is no sign of
+  // it.
+  static __host__ __device__ bool only_mask_gradient(const AttentionBackward& call) {
+    const AttentionProblem& p = call.problem;
+    return call.grad_query.data == nullptr && p.query_length > 0 && p.head_dim > 0;
+  }
+
   template <typename Acc>
   static __host__ __device__ Count count(const AttentionBackward& call) {
     const AttentionProblem& p = call.problem;
     const std::int64_t mask_tiles =
         p.mask_size[0] * p.mask_size[1] * tiles<Acc>(p.mask_size[2]) * tiles<Acc>(p.mask_size[3]);
-    const std::int64_t keys = p.batch * p.kv_heads * tiles<Acc>(p.key_length) * key_slices<Acc>(p);
-    const std::int64_t queries =
-        p.batch * p.heads * tiles<Acc>(p.query_length) * query_slices<Acc>(call);
-    return {call.grad_key.data != nullptr ? keys : 0, call.grad_query.data != nullptr ? queries : 0,
+    const bool all = !only_mask_gradient(call);
+    return {all ? p.batch * p.kv_heads * tiles<Acc>(p.key_length) * key_slices<Acc>(p) : 0,
+            all ? p.batch * p.heads * tiles<Acc>(p.query_length) * query_slices<Acc>(call) : 0,
             call.grad_mask != nullptr ? mask_tiles : 0};
   }
 

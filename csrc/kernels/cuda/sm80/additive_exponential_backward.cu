@@ -78,7 +78,7 @@ cudaError_t additive_exponential_backward(const AttentionBackward& call, void* m
   });
   if (call.grad_mask != nullptr && !has_own_mask_gradient(p)) {
     AttentionBackward mask = call;
-    mask.grad_query.data = mask.grad_key.data = mask.grad_weight = mask.grad_slopes = nullptr;
+    mask.grad_query.data = mask.grad_weight = mask.grad_slopes = nullptr;
     launches.then([&] { return attention_backward_gradients(mask, workspace.generic, stream); });
   }
   return launches.error();

@@ -29,6 +29,12 @@ struct BoundedSoftmax {
     }
   }
 
+  static __device__ __forceinline__ bool is_bounded(const AttentionProblem& p,
+                                                    float weight_magnitude) {
+    return p.mask_kind != MaskKind::kFloat && p.slopes == nullptr &&
+           fabsf(static_cast<float>(p.scale)) * weight_magnitude <= 20;
+  }
+
   // Replaces scores by weights relative to the maximum; `rescale` is for what was accumulated.
   __device__ __forceinline__ void update(float (&s)[4][4], float (&rescale)[4], bool bounded) {
     bool has_maximum = bounded;
@@ -128,26 +134,16 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   beyond = __syncthreads_or(beyond) != 0;
   if (thread == 0) workspace.redo[row * query.tiles + tile] = beyond ? 1 : 0;
   if (beyond) return;
-  copy_tile<kWidth>(queries, query.tile(row, tile), query.columns);
-  start_copy(first_tile);
   float weight_sum = 0;
   float weight_magnitude = 0;
   for (int d = 0; d < query.columns; ++d) {
     weight_sum += weight[d];
     weight_magnitude += fabsf(weight[d]);
   }
-  const bool small_scores = fabsf(static_cast<float>(p.scale)) * weight_magnitude <= 20;
-  const bool bounded = small_scores && p.mask_kind != MaskKind::kFloat && p.slopes == nullptr;
-  // Scores are rounded in another way with folded weights, and not by the backward: large ones,
-  // whose rounding is large, had better be the same in both.
-  const auto folded = FoldedWeights::of(weight, quads);
-  bool folds = small_scores;
-  for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
-    folds = folds && largest_query + key.largest_of(kv_row, n) <= folded.limit;
-  }
-  cp_async_wait<0>();
-  folds = __syncthreads_and(folds) != 0;
-  if (folds) fold_weights<kWidth>(queries, weight, folded, query.columns);
+  const bool bounded = BoundedSoftmax::is_bounded(p, weight_magnitude);
+
+  copy_tile<kWidth>(queries, query.tile(row, tile), query.columns);
+  start_copy(first_tile);
   BoundedSoftmax softmax;
   float out[kTiles][4] = {};
   for (std::int64_t key_tile = first_tile; key_tile < end_tile; ++key_tile) {
@@ -164,10 +160,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     start_copy(key_tile + 1);
     if (!any) continue;
     const float* const keys = stages + key_tile % 2 * (2 * Shape::kTokens);
-    const Sharing sharing = folds ? Sharing::kFourOverWeights
-                                  : sharing_of(largest_query, key.largest_of(kv_row, key_tile));
+    const Sharing sharing = sharing_of(largest_query, key.largest_of(kv_row, key_tile));
     float s[4][4];
-    score_pairs<kWidth, true>(s, queries, keys, weight, weight_sum, quads, sharing);
+    score_pairs<kWidth>(s, queries, keys, weight, weight_sum, quads, sharing);
     finish_scores_of_any(s, p, batch, head, pairs, pattern == Pattern::kPlain);
     float rescale[4];
     softmax.update(s, rescale, bounded);

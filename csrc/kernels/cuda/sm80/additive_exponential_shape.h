@@ -61,10 +61,8 @@ auto with_exponential_width(const AttentionProblem& p, Body body) {
 
 // How many features share a reciprocal: the product of their x must not overflow, and x is at most
 // 1 + e^(2 (|q| + |k|)). Four where |q| + |k| <= 11 in a pair of tiles, two up to 22, else one: an
-// x that overflows by itself has the reciprocal 0, which is right. kFourOverWeights: four whose x
-// were divided by their weights beforehand, which saves two of 15 instructions, where weights are
-// not too small for that.
-enum class Sharing : std::uint8_t { kFourOverWeights, kFour, kTwo, kOne };
+// x that overflows by itself has the reciprocal 0, which is right.
+enum class Sharing : std::uint8_t { kFour, kTwo, kOne };
 
 // A tensor as the kernels read it: float32, or e^2x of that; tiles of 64 tokens, zeros where there
 // is no token.

@@ -89,53 +89,6 @@ __device__ __forceinline__ bool stage_weight(float* to, const AttentionProblem& 
   return !(fabsf(w) <= kLargestWeight);
 }
 
-// What a block of queries needs to have A / w in the place of A. A weight of less than 2^-24 of the
-// largest counts as that: an error of 2^-24 of a weight of the score.
-struct FoldedWeights {
-  float least;  // magnitude of a weight
-  float limit;  // of |q| + |k|, up to which the product of four x / w is finite; may be negative
-
-  static __device__ __forceinline__ FoldedWeights of(const float* weight, int quads) {
-    float largest = 0;
-    for (int d = 0; d < 4 * quads; ++d) largest = fmaxf(largest, fabsf(weight[d]));
-    FoldedWeights folded = {largest * 0x1p-24F, -1.0F};
-    if (!(folded.least > 0x1p-60F)) return folded;  // all weights 0, or so small that 1 / w is not
-    float most = 0;                                 // of log2 of the product of four 1 / w
-    for (int quad = 0; quad < quads; ++quad) {
-      float sum = 0;
-      for (int d = 4 * quad; d < 4 * quad + 4; ++d) sum -= log2f(folded.magnitude(weight[d]));
-      most = fmaxf(most, sum);
-    }
-    // (1 + e^2x)^4 < 2^(126 - most): e^2x <= 2^((126 - most) / 4) - 1, and 1 is not missed.
-    folded.limit = fminf(11.0F, (126 - most) / 4 * 0.34657359F - 0.01F);
-    return folded;
-  }
-
-  __device__ __forceinline__ float magnitude(float weight) const {
-    return fmaxf(fabsf(weight), least);
-  }
-  __device__ __forceinline__ float inverse(float weight) const {
-    return copysignf(1 / magnitude(weight), weight);
-  }
-};
-
-// Divides a tile of queries by the weights; those become 1 / w. All threads call.
-template <int kWidth>
-__device__ __forceinline__ void fold_weights(float* queries, float* weight,
-                                             const FoldedWeights& folded, int columns) {
-  const int thread = thread_index_here();
-  const int d = thread % kWidth;
-  const float inverse = d < columns ? folded.inverse(weight[d]) : 0.0F;
-  __syncthreads();
-  if (thread < kWidth) weight[d] = inverse;
-  if (d < columns) {
-    for (int row = thread / kWidth; row < kTileTokens; row += kThreads / kWidth) {
-      queries[row * ExponentialTile<kWidth>::kStride + d] *= inverse;
-    }
-  }
-  __syncthreads();
-}
-
 // s += sum_d w_d / x_d of a thread's pairs, over `quads` times four features.
 template <int kWidth, Sharing kSharing>
 __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* queries,
@@ -155,11 +108,10 @@ __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* q
       const float4 a = loaded(rows + 16 * r * kStride + d);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        constexpr bool kFolded = kSharing == Sharing::kFourOverWeights;
-        const float x0 = fmaf(a.x, b[c].x, kFolded ? w.x : 1.0F);
-        const float x1 = fmaf(a.y, b[c].y, kFolded ? w.y : 1.0F);
-        const float x2 = fmaf(a.z, b[c].z, kFolded ? w.z : 1.0F);
-        const float x3 = fmaf(a.w, b[c].w, kFolded ? w.w : 1.0F);
+        const float x0 = fmaf(a.x, b[c].x, 1.0F);
+        const float x1 = fmaf(a.y, b[c].y, 1.0F);
+        const float x2 = fmaf(a.z, b[c].z, 1.0F);
+        const float x3 = fmaf(a.w, b[c].w, 1.0F);
         if constexpr (kSharing == Sharing::kOne) {
           s[r][c] = fmaf(w.x, reciprocal_approx(x0), s[r][c]);
           s[r][c] = fmaf(w.y, reciprocal_approx(x1), s[r][c]);
@@ -167,11 +119,11 @@ __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* q
           s[r][c] = fmaf(w.w, reciprocal_approx(x3), s[r][c]);
           continue;
         }
-        const float n01 = kFolded ? x0 + x1 : fmaf(w.x, x1, w.y * x0);
-        const float n23 = kFolded ? x2 + x3 : fmaf(w.z, x3, w.w * x2);
+        const float n01 = fmaf(w.x, x1, w.y * x0);
+        const float n23 = fmaf(w.z, x3, w.w * x2);
         const float d01 = x0 * x1;
         const float d23 = x2 * x3;
-        if constexpr (kFolded || kSharing == Sharing::kFour) {
+        if constexpr (kSharing == Sharing::kFour) {
           s[r][c] = fmaf(fmaf(n01, d23, n23 * d01), reciprocal_approx(d01 * d23), s[r][c]);
         } else {
           s[r][c] = fmaf(n01, reciprocal_approx(d01), s[r][c]);
@@ -182,8 +134,8 @@ __device__ __forceinline__ void add_reciprocals(float (&s)[4][4], const float* q
   }
 }
 
-// sum_d w_d tanh(q_d + k_d) of a thread's pairs. kMayFold: `sharing` may be kFourOverWeights.
-template <int kWidth, bool kMayFold = false>
+// sum_d w_d tanh(q_d + k_d) of a thread's pairs.
+template <int kWidth>
 __device__ __forceinline__ void score_pairs(float (&s)[4][4], const float* queries,
                                             const float* keys, const float* weight,
                                             float weight_sum, int quads, Sharing sharing) {
@@ -192,9 +144,7 @@ __device__ __forceinline__ void score_pairs(float (&s)[4][4], const float* queri
 #pragma unroll
     for (int c = 0; c < 4; ++c) s[r][c] = 0;
   }
-  if (kMayFold && sharing == Sharing::kFourOverWeights) {
-    add_reciprocals<kWidth, Sharing::kFourOverWeights>(s, queries, keys, weight, quads);
-  } else if (sharing == Sharing::kFour) {
+  if (sharing == Sharing::kFour) {
     add_reciprocals<kWidth, Sharing::kFour>(s, queries, keys, weight, quads);
   } else if (sharing == Sharing::kTwo) {
     add_reciprocals<kWidth, Sharing::kTwo>(s, queries, keys, weight, quads);
