@@ -8,88 +8,15 @@
 #include <memory>
 #include <vector>
 
+#include "attention_runs.h"
 #include "kernels/common/reference.h"
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/sm80/additive_exponential.h"
-#include "kernels/cuda/sm80/additive_exponential_shape.h"
-#include "kernels/cuda/sm80/additive_group.h"
-#include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
-#include "kernels/cuda/sm80/additive_group_workspace.h"
 #include "testing.h"
 
 // One attention problem with random tensors, run by the CUDA kernels and by the reference.
 namespace attention_testing {
 
 using namespace torch_selfattn::kernels;
-
-enum class Layout { kHeadsOutside, kHeadsInside, kEveryOther, kSharedBatch };
-enum class Special {
-  kNone,
-  kNanBehindMask,     // keys that nobody may see, and gradients of rows that see nothing, are NaN
-  kInfBehindMask,     // the same with infinities
-  kNanInside,         // a key that some rows see is NaN
-  kLowestMask,        // the mask of some rows is the lowest number everywhere
-  kHugeScores,        // scores that overflow float32
-  kLargeScores,       // the softmax is all but one-hot, lse in the thousands
-  kOneHugeKey,        // additive: one tile is beyond the range of the exponential form
-  kHiddenBlocks,      // the mask hides keys 60 ... 199 from all queries
-  kSaturatedQueries,  // queries are 30 and more above the keys
-  kRange,  // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
-           // evenly spaced between; queries the other way round
-};
-
-// What is run: attention forward and backward, the weights by themselves, or the forward kernels of
-// the group method, by themselves, with the generic backward, or with the group method's after
-// them; that after the generic forward. Likewise the exponential form, forward and both passes; and
-// its backward after the forward of the group method.
-enum class What {
-  kAttention,
-  kWeights,
-  kMeanWeights,
-  kGroup,
-  kGroupAndBackward,
-  kGroupGradients,
-  kGroupGradientsAlone,
-  kExponential,
-  kExponentialGradients,
-  kGroupAndExponential
-};
-
-// How many tiles of queries a method leaves to the generic kernel; in backward how many (batch, key
-// head)s. In both, of what has both passes.
-enum class Redo { kNone, kSome, kAll, kAny };
-
-struct Case {
-  const char* name = nullptr;
-  What what = What::kAttention;
-  DType dtype = DType::kFloat32;
-  ScoreKind score = ScoreKind::kDotProduct;
-  Activation activation = Activation::kTanh;
-  double negative_slope = 0.2;
-  std::int64_t batch = 1, heads = 2, kv_heads = 2;
-  std::int64_t query_length = 37, key_length = 41, head_dim = 19, value_dim = 23;
-  Layout layout = Layout::kHeadsOutside;
-  MaskKind mask = MaskKind::kNone;
-  bool mask_broadcast[4] = {true, true, false, false};
-  bool float32_mask = false;
-  bool lengths = false, starts = false, offsets = false;
-  bool slopes = false, slopes_per_batch = false, float32_slopes = false;
-  std::int64_t window_left = -1, window_right = -1, query_offset = 0;
-  double dropout_p = 0.0;
-  bool grad_lse = false;
-  bool weight_per_batch = false, weight_per_head = true;
-  double magnitude = 1.0;
-  double query_mean = 0.0, key_mean = 0.0;
-  double value_magnitude = 1.0;
-  double weight_magnitude = 1.0, scale = 0.7;  // additive
-  Special special = Special::kNone;
-  double largest_term = 0.1;      // of the sums in gradients: what their rounding errors go by
-  bool query_indices = false;     // weights only: the queries are rows of others, in no order
-  Redo redo = Redo::kNone;        // not of the generic kernels
-  double out_error = 0;           // if not 0: bound of the norm of out's error, relative to out's
-  double gradient_error = 0;      // the same of each gradient
-  std::int64_t shared_kib = 160;  // of the device, for the group method
-};
 
 inline double normal() {
   const double u = (testing::random() + 1.0) / 4294967297.0;
@@ -191,22 +118,6 @@ struct Result {
   }
 };
 
-inline bool is_group(const Case& c) {
-  return c.what == What::kGroup || c.what == What::kGroupAndBackward ||
-         c.what == What::kGroupGradients || c.what == What::kGroupAndExponential;
-}
-inline bool has_group_gradients(const Case& c) {
-  return c.what == What::kGroupGradients || c.what == What::kGroupGradientsAlone;
-}
-
-inline bool is_exponential(const Case& c) {
-  return c.what == What::kExponential || c.what == What::kExponentialGradients;
-}
-
-inline bool has_exponential_gradients(const Case& c) {
-  return c.what == What::kExponentialGradients || c.what == What::kGroupAndExponential;
-}
-
 inline double tolerance(const Case& c) {
   if (has_group_gradients(c)) return 4e-2;
   if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
@@ -249,96 +160,6 @@ void run_weights(const Case& c, const MakeProblem& problem) {
   CHECK(cuda::attention_weights(on_device, workspace.data(), nullptr) == cudaSuccess);
   CHECK(weights.device->copy() == first);
 }
-
-inline void check_redo(const Case& c, std::int64_t redone, std::int64_t of) {
-  if (c.redo == Redo::kAny) return;
-  CHECK((c.redo == Redo::kNone) == (redone == 0));
-  CHECK((c.redo == Redo::kAll) == (redone == of));
-}
-
-// The sum of `count` flags in device memory, of which `memory` is a part.
-template <typename T>
-std::int64_t count_flags(const testing::DeviceArray<char>& memory, const T* flags,
-                         std::int64_t count) {
-  const std::vector<char> bytes = memory.copy();
-  std::vector<T> copied(static_cast<std::size_t>(count));
-  std::memcpy(copied.data(), bytes.data() + (reinterpret_cast<const char*>(flags) - memory.data()),
-              copied.size() * sizeof(T));
-  std::int64_t sum = 0;
-  for (const T flag : copied) sum += flag;
-  return sum;
-}
-
-// The kernels of the exponential form, and what they leave to the generic ones.
-class ExponentialRun {
- public:
-  explicit ExponentialRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
-
-  void forward(const AttentionForward& call) const {
-    const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_exponential_not_supported(p, device_) == nullptr);
-    const testing::DeviceArray<char> workspace(
-        static_cast<std::size_t>(cuda::sm80::additive_exponential_workspace_bytes(p)));
-    CHECK(cuda::sm80::additive_exponential_forward(call, workspace.data(), nullptr) == cudaSuccess);
-    const auto memory = cuda::sm80::ExponentialForwardWorkspace::of(p, workspace.data());
-    if (case_.what == What::kExponential) {
-      const std::int64_t tiles = p.batch * p.heads * memory.operands.query.tiles;
-      check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
-    }
-  }
-
-  void backward(const AttentionBackward& call) const {
-    const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_exponential_backward_not_supported(p, device_) == nullptr);
-    const testing::DeviceArray<char> workspace(
-        static_cast<std::size_t>(cuda::sm80::additive_exponential_backward_workspace_bytes(p)));
-    CHECK(cuda::sm80::additive_exponential_backward(call, workspace.data(), nullptr) ==
-          cudaSuccess);
-    const auto memory = cuda::sm80::ExponentialWorkspace::of(p, workspace.data(), 0);
-    const std::int64_t heads = p.batch * p.kv_heads;
-    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
-  }
-
- private:
-  const Case& case_;
-  cuda::sm80::DeviceLimits device_;
-};
-
-// The kernels of the group method, and what they leave to the generic ones.
-class GroupRun {
- public:
-  explicit GroupRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
-
-  void forward(const AttentionForward& call) const {
-    const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_group_not_supported(p, device_) == nullptr);
-    const testing::DeviceArray<char> workspace(
-        static_cast<std::size_t>(cuda::sm80::additive_group_workspace_bytes(p)));
-    CHECK(cuda::sm80::additive_group_forward(call, workspace.data(), nullptr) == cudaSuccess);
-    const auto memory = cuda::sm80::GroupWorkspace::of(p, workspace.data());
-    const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
-    // What is beyond the range of num / den in forward is so in backward.
-    if (!has_group_gradients(case_) && !has_exponential_gradients(case_)) {
-      check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
-    }
-  }
-
-  void backward(const AttentionBackward& call) const {
-    const AttentionProblem& p = call.problem;
-    CHECK(cuda::sm80::additive_group_backward_not_supported(p, false, device_) == nullptr);
-    const testing::DeviceArray<char> workspace(
-        static_cast<std::size_t>(cuda::sm80::additive_group_backward_workspace_bytes(p)));
-    CHECK(cuda::sm80::additive_group_backward(call, device_, workspace.data(), nullptr) ==
-          cudaSuccess);
-    const auto memory = cuda::sm80::GradientWorkspace::of(p, workspace.data(), 0);
-    const std::int64_t heads = p.batch * p.kv_heads;
-    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
-  }
-
- private:
-  const Case& case_;
-  cuda::sm80::DeviceLimits device_;
-};
 
 // Forward and backward against the reference, twice: the second run, in another order of threads,
 // must give the same bits.

@@ -24,10 +24,11 @@ cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream,
 std::int64_t attention_backward_workspace_bytes(const AttentionProblem& problem);
 cudaError_t attention_backward(const AttentionBackward& call, void* workspace, cudaStream_t stream);
 
-// The two parts of attention_backward: its first launch, and the others. `wanted`: null, or a word of
-// device memory for each (batch, key head); gradients of those with a 0 are left alone, but their
-// weight_parts and slope_parts are summed up. Not with the gradient of a mask that is broadcast, to
-// which all of them contribute. Where grad_query.data is null and dq is not empty there is only that.
+// The two parts of attention_backward: its first launch, and the others. `wanted`: null, or a word
+// of device memory for each (batch, key head); gradients of those with a 0 are left alone, but
+// their weight_parts and slope_parts are summed up. Not with the gradient of a mask that is
+// broadcast, to which all of them contribute. Where grad_query.data is null and dq is not empty
+// there is only that.
 cudaError_t attention_backward_statistics(const AttentionBackward& call, void* workspace,
                                           cudaStream_t stream);
 cudaError_t attention_backward_gradients(const AttentionBackward& call, void* workspace,

@@ -3,6 +3,7 @@
 #include "kernels/cuda/sm80/additive_exponential.h"
 #include "kernels/cuda/sm80/additive_exponential_gradients.cuh"
 #include "kernels/cuda/sm80/additive_exponential_prepare.h"
+#include "kernels/cuda/sm80/additive_exponential_sums.cuh"
 
 namespace torch_selfattn::kernels::cuda::sm80 {
 
