@@ -3,8 +3,8 @@
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/sm80/additive_exponential_tile.cuh"
 
-// The small kernels of the exponential form's backward: what comes before the gradients, and the sums
-// of the parts that their blocks leave. Bound: memory; the parts are read once.
+// The small kernels of the exponential form's backward: what comes before the gradients, and the
+// sums of the parts that their blocks leave. Bound: memory; the parts are read once.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // Before the gradients: no (batch, key head) is left to the generic kernel yet.
