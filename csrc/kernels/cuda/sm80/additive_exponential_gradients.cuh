@@ -18,10 +18,12 @@
 // constant, would lose dq to the rounding of delta otherwise. dk likewise, with the sum over i.
 // Up to 32 features a warp has two queries at a time, up to 16 four.
 //
-// Counts per pair and feature: 3.75 issue slots for the scores, 7 for 4., of which half a
-// reciprocal each; 0.7 for the rest at E = Ev = 64. Bound: issue; 4.3e9 pairs and features, at B H
-// = 64, L = 1024, E = 64, take 1.65 ms of 132 multiprocessors at 1.755 GHz. Traffic: a block's part
-// of dq is read and written once per tile of keys, 2 x 16 KiB for 24 000 clocks of work.
+// Counts per pair and feature: 4 issue slots for the scores, 7.4 for step 4, 2.6 for the rest at
+// E = Ev = 64.
+// Bound: issue. 4.3e9 pairs and features, at B H = 64, L = 1024, E = 64, take 1.8 ms of 132
+// multiprocessors at 1.98 GHz.
+// Traffic: a block's part of dq is read and written once per tile of keys, 2 x 16 KiB for 50 000
+// clocks of work.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // Statistics of 64 queries from `first` on, of one (batch, head) of which row 0 is `row`, to shared
