@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch_selfattn
+
 FOREIGN = Path(__file__).resolve().parents[1] / "foreign"
 
 
@@ -32,8 +34,18 @@ def configure(build, *options, source=FOREIGN, **environment):
     return run(cmake(), "-GNinja", "-S", source, "-B", build, *options, **environment)
 
 
+def configure_with_package(build, *options, source=FOREIGN):
+    """What it printed, of a project that is given the package's folder."""
+    prefix = f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}"
+    configured = configure(build, prefix, *options, source=source)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    return configured.stdout
+
+
 def build_and_run(build, *arguments, program="foreign"):
-    """In the build folder."""
+    """What the program printed, in the build folder."""
     built = run(cmake(), "--build", build, "--target", program)
     assert built.returncode == 0, built.stdout + built.stderr
-    return run(build / program, *arguments, folder=build)
+    result = run(build / program, *arguments, folder=build)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cmake_projects import FOREIGN, build_and_run, configure
+from cmake_projects import FOREIGN, build_and_run, configure_with_package
 from module_checks import outputs_of, randomize
 from test_modules_multi_head_attention_errors import call_errors
 from torch import Tensor
 
-import torch_selfattn
 from torch_selfattn import nn
 
 pytestmark = pytest.mark.slow
@@ -233,14 +232,9 @@ def folder(tmp_path_factory):
         torch.save(made(name).state_dict(), folder / f"{name}.state.pt")
         torch.save(inputs(), folder / f"{name}.inputs.pt")
     torch.save(tensors_of_call_errors(), folder / "errors.pt")
-    configured = configure(
-        folder / "build", f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}",
-        source=FOREIGN / "checkpoints",
-    )  # fmt: skip
-    assert configured.returncode == 0, configured.stdout + configured.stderr
-    result = build_and_run(folder / "build", folder, program="checkpoints")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == list(CASES)
+    configure_with_package(folder / "build", source=FOREIGN / "checkpoints")
+    printed = build_and_run(folder / "build", folder, program="checkpoints")
+    assert printed.split() == list(CASES)
     return folder
 
 

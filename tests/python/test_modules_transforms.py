@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cmake_projects import build_and_run, configure
+from cmake_projects import build_and_run, configure_with_package
 from module_checks import assert_same, gradients, outputs_of, randomize, saved_and_loaded
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-import torch_selfattn
 from torch_selfattn import nn
 
 B, L, D, H, F = 3, 7, 8, 2, 12
@@ -239,11 +238,8 @@ def scripts(tmp_path_factory):
         torch.jit.save(torch.jit.script(module), folder / f"{n}.pt")
         torch.save(module.state_dict(), folder / f"{n}.state.pt")
         torch.save(recorded_call(call), folder / f"{n}.call.pt")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch_selfattn.cmake_prefix_path}"
-    configured = configure(folder / "build", prefix)
-    assert configured.returncode == 0, configured.stdout + configured.stderr
-    run = build_and_run(folder / "build", folder, *map(str, range(len(MODULES))), program="scripts")
-    assert run.returncode == 0, run.stdout + run.stderr
+    configure_with_package(folder / "build")
+    build_and_run(folder / "build", folder, *map(str, range(len(MODULES))), program="scripts")
     return folder
 
 
