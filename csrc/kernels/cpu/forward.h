@@ -59,13 +59,19 @@ class ForwardKernel {
     }
     const bool causal = p_.window_right >= 0;
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
+    const std::int64_t together = causal ? larger<std::int64_t>(parallel_.threads, 1) : 1;
     parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
       const typename Operand::Session session;
-      // Causal: the last rows have the most keys, so they go first.
       const std::int64_t split = t % splits_;
       const std::int64_t rest = t / splits_;
-      const std::int64_t block = causal ? blocks_ - 1 - rest / units : rest % blocks_;
-      const std::int64_t head = (causal ? rest % units : rest / blocks_) * block_heads_;
+      // A thread's next task is of the same head, whose keys and values are in its cache. Causal:
+      // the last rows have the most keys, so they go first, of as many heads at a time as there are
+      // threads.
+      const std::int64_t first = rest / (together * blocks_) * together;
+      const std::int64_t heads = smaller(together, units - first);
+      const std::int64_t place = rest - first * blocks_;
+      const std::int64_t block = causal ? blocks_ - 1 - place / heads : place % blocks_;
+      const std::int64_t head = (causal ? first + place % heads : first) * block_heads_;
       Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
       task.run();
     });
