@@ -260,6 +260,7 @@ inline void run_case(const Case& c) {
       query.fill_normal(1, 30);
       for (std::int64_t h = 0; h < Hk; ++h) key.set_row(0, h, 0, -2);
       break;
+    case Special::kNanMask: reference::store(mask_dtype, mask.host.data(), 3 * Lk + 5, nan); break;
     case Special::kRange:
       for (std::int64_t b = 0; b < B; ++b) {
         const auto at = [&](std::int64_t n, std::int64_t count) {

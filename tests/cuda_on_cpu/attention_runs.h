@@ -30,6 +30,7 @@ enum class Special {
   kOneHugeKey,        // additive: one tile is beyond the range of the exponential form
   kHiddenBlocks,      // the mask hides keys 60 ... 199 from all queries
   kSaturatedQueries,  // queries are 30 and more above the keys
+  kNanMask,           // row 3 of the mask has a NaN
   kRange,  // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
            // evenly spaced between; queries the other way round
 };
@@ -147,7 +148,7 @@ class ExponentialRun {
         static_cast<std::size_t>(cuda::sm80::additive_exponential_backward_workspace_bytes(p)));
     CHECK(cuda::sm80::additive_exponential_backward(call, workspace.data(), nullptr) ==
           cudaSuccess);
-    const auto memory = cuda::sm80::ExponentialWorkspace::of(p, workspace.data(), 0);
+    const auto memory = cuda::sm80::ExponentialBackwardWorkspace::of(p, workspace.data(), 0);
     const std::int64_t heads = p.batch * p.kv_heads;
     check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
   }

@@ -230,6 +230,11 @@ const Case cases[] = {
      .dtype = kF16,
      .mask = MaskKind::kBool,
      .dropout_p = 0.6},
+    {.name = "exponential dropout, NaN in the mask",
+     .mask = MaskKind::kFloat,
+     .mask_broadcast = {true, false, false, false},
+     .dropout_p = 0.5,
+     .special = Special::kNanMask},
     {.name = "exponential dropout of all", .dropout_p = 1.0},
     {.name = "exponential lse gradient", .batch = 2, .window_right = 0, .grad_lse = true},
     // numbers that must not spread
@@ -399,13 +404,13 @@ void refusals() {
 
 // Enough blocks for a GPU, and memory that grows with the length, not with its square.
 void ranges() {
-  using torch_selfattn::kernels::cuda::sm80::ExponentialWorkspace;
+  using torch_selfattn::kernels::cuda::sm80::ExponentialBackwardWorkspace;
   const auto workspace = [](std::int64_t heads, std::int64_t length) {
     AttentionProblem p = anchor();
     p.batch = 1;
     p.heads = p.kv_heads = heads;
     p.query_length = p.key_length = length;
-    return ExponentialWorkspace::of(p, nullptr, 0);
+    return ExponentialBackwardWorkspace::of(p, nullptr, 0);
   };
   const auto anchored = workspace(64, 1024);
   CHECK(anchored.key_ranges == 8);

@@ -49,6 +49,7 @@ const Case cases[] = {
      .head_dim = 130,
      .value_dim = 512},
     {.name = "dot no keys", .key_length = 0},
+    {.name = "dot no heads", .heads = 0},
     {.name = "dot no features", .head_dim = 0, .value_dim = 3},
     {.name = "dot no values", .head_dim = 3, .value_dim = 0},
     // layouts

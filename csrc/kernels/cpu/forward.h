@@ -64,14 +64,14 @@ class ForwardKernel {
       const typename Operand::Session session;
       const std::int64_t split = t % splits_;
       const std::int64_t rest = t / splits_;
-      // A thread's next task is of the same head, whose keys and values are in its cache. Causal:
-      // the last rows have the most keys, so they go first, of as many heads at a time as there are
-      // threads.
+      // A thread's next task is mostly of the same head, whose keys and values are in its cache.
+      // Causal: the last rows have the most keys, so they go first, of as many heads at a time as
+      // there are threads.
       const std::int64_t first = rest / (together * blocks_) * together;
-      const std::int64_t heads = smaller(together, units - first);
+      const std::int64_t count = smaller(together, units - first);
       const std::int64_t place = rest - first * blocks_;
-      const std::int64_t block = causal ? blocks_ - 1 - place / heads : place % blocks_;
-      const std::int64_t head = (causal ? first + place % heads : first) * block_heads_;
+      const std::int64_t block = causal ? blocks_ - 1 - place / count : place;
+      const std::int64_t head = (first + place % count) * block_heads_;
       Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
       task.run();
     });

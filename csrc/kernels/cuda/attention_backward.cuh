@@ -182,7 +182,7 @@ struct GradientBlock {
   // it.
   static __host__ __device__ bool only_mask_gradient(const AttentionBackward& call) {
     const AttentionProblem& p = call.problem;
-    return call.grad_query.data == nullptr && p.query_length > 0 && p.head_dim > 0;
+    return call.grad_query.data == nullptr && p.heads * p.query_length * p.head_dim > 0;
   }
 
   template <typename Acc>

@@ -9,8 +9,8 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 
 namespace {
 
-ExponentialWorkspace workspace_of(const AttentionProblem& p, void* memory) {
-  return ExponentialWorkspace::of(p, memory, attention_backward_workspace_bytes(p));
+ExponentialBackwardWorkspace workspace_of(const AttentionProblem& p, void* memory) {
+  return ExponentialBackwardWorkspace::of(p, memory, attention_backward_workspace_bytes(p));
 }
 
 }  // namespace
@@ -63,13 +63,13 @@ cudaError_t additive_exponential_backward(const AttentionBackward& call, void* m
                               count, tokens,   columns, dims};
     launches.run(additive_exponential_sum_kernel, of.blocks(), kThreads, 0, of);
   };
-  const std::int64_t key_parts = p.group_size() * workspace.query_ranges;
+  const std::int64_t parts_of_key = p.group_size() * workspace.query_ranges;
   sum(workspace.query_parts, call.grad_query, p.heads, workspace.key_ranges, p.query_length,
       workspace.features, p.head_dim);
-  sum(workspace.key_parts, call.grad_key, p.kv_heads, key_parts, p.key_length, workspace.features,
-      p.head_dim);
-  sum(workspace.value_parts, call.grad_value, p.kv_heads, key_parts, p.key_length, workspace.values,
-      p.value_dim);
+  sum(workspace.key_parts, call.grad_key, p.kv_heads, parts_of_key, p.key_length,
+      workspace.features, p.head_dim);
+  sum(workspace.value_parts, call.grad_value, p.kv_heads, parts_of_key, p.key_length,
+      workspace.values, p.value_dim);
   launches.run(additive_exponential_parts_kernel, blocks(p.batch * p.heads * (p.head_dim + 1)),
                kThreads, 0, p, workspace);
   AttentionBackward rest = call;

@@ -50,8 +50,8 @@ struct ExponentialBlock {
   int key_range;
   int query_range;
 
-  static __device__ __forceinline__ ExponentialBlock of(const AttentionProblem& p,
-                                                        const ExponentialWorkspace& workspace) {
+  static __device__ __forceinline__ ExponentialBlock
+  of(const AttentionProblem& p, const ExponentialBackwardWorkspace& workspace) {
     // The first keys of a causal problem have the most queries, so they go first.
     const int heads = static_cast<int>(p.heads);
     const int rows = static_cast<int>(p.batch) * heads;
@@ -129,8 +129,10 @@ __device__ __forceinline__ float gradients_of_pairs(const AttentionBackward& cal
       const float probability = s[r][c] == -kInfinity<float>
                                     ? 0.0F
                                     : exponential_of_difference(s[r][c] - maximum) * inverse_sum;
-      gradient[c] = probability == 0 ? 0.0F : probability * (factor[c] * grad_weights[c] - delta);
-      dropped[c] = probability * factor[c];
+      // Never 0 times what may be infinite or NaN.
+      const float from_weight = factor[c] == 0 ? 0.0F : factor[c] * grad_weights[c];
+      gradient[c] = probability == 0 ? 0.0F : probability * (from_weight - delta);
+      dropped[c] = factor[c] == 0 ? 0.0F : probability * factor[c];
     }
     put(memory.dropped + at, {dropped[0], dropped[1], dropped[2], dropped[3]});
     put(memory.gradient + at, {gradient[0], gradient[1], gradient[2], gradient[3]});
@@ -177,7 +179,7 @@ struct KeyGradients {
   float value[kTiles][4];            // of a warp's 16 keys and half of the values: see multiply()
   float sum;                         // of g of one of the warp's keys over a quarter of the queries
 
-  __device__ __forceinline__ void store_values(const ExponentialWorkspace& workspace,
+  __device__ __forceinline__ void store_values(const ExponentialBackwardWorkspace& workspace,
                                                std::int64_t part, std::int64_t first_key,
                                                std::int64_t key_length) const {
     const int lane = thread_index_here() % 32;
@@ -196,7 +198,7 @@ struct KeyGradients {
     }
   }
 
-  __device__ __forceinline__ void store_keys(const ExponentialWorkspace& workspace,
+  __device__ __forceinline__ void store_keys(const ExponentialBackwardWorkspace& workspace,
                                              const float* weight, const SlopeLanes& lanes,
                                              float scale, std::int64_t part, std::int64_t first_key,
                                              std::int64_t key_length) {
@@ -224,7 +226,7 @@ struct KeyGradients {
 
 // Begins a block's part of dq: scale w G_i, of the first range of keys, or 0.
 __device__ __forceinline__ void begin_query_part(float* part, const AttentionBackward& call,
-                                                 const ExponentialWorkspace& workspace,
+                                                 const ExponentialBackwardWorkspace& workspace,
                                                  const Workspace<float>& statistics,
                                                  const ExponentialBlock& block, const float* weight,
                                                  std::int64_t first, std::int64_t end) {
@@ -289,7 +291,8 @@ __device__ __forceinline__ void add_value_gradients(float (&grad_value)[kWidth /
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
     additive_exponential_gradients_kernel(const __grid_constant__ AttentionBackward call,
-                                          const __grid_constant__ ExponentialWorkspace workspace) {
+                                          const __grid_constant__ ExponentialBackwardWorkspace
+                                              workspace) {
   using Shape = ExponentialTile<kWidth>;
   constexpr int kSlices = kWidth / kSliceFeatures;
   constexpr int kPartRows = static_cast<int>(Shape::kPartRows);

@@ -127,7 +127,7 @@ struct ExponentialForwardWorkspace {
 // A block of the backward has the pairs of a range of key tiles and a range of query tiles of one
 // (batch, head). What it adds up of dq, dk, dv and dw is a part of its own; the parts are added in
 // order. Their number follows from the problem alone, so results do not depend on the GPU.
-struct ExponentialWorkspace {
+struct ExponentialBackwardWorkspace {
   PreparedOperands operands;
   std::int64_t key_ranges = 0;        // parts of dq
   std::int64_t query_ranges = 0;      // parts of dk and dv
@@ -145,9 +145,9 @@ struct ExponentialWorkspace {
   void* generic = nullptr;        // that kernel's workspace
   std::int64_t bytes = 0;
 
-  static ExponentialWorkspace of(const AttentionProblem& p, void* memory,
-                                 std::int64_t generic_bytes) {
-    ExponentialWorkspace w;
+  static ExponentialBackwardWorkspace of(const AttentionProblem& p, void* memory,
+                                         std::int64_t generic_bytes) {
+    ExponentialBackwardWorkspace w;
     Carver carver(memory);
     const auto divided = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
     const std::int64_t rows = p.batch * p.heads;

@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Parts of the gradients of weight and slopes where the generic kernel would leave them, whose last
 // launches add them up: all of a (batch, head) in the first tile's place.
-__global__ void __launch_bounds__(kThreads)
-    additive_exponential_parts_kernel(const __grid_constant__ AttentionProblem p,
-                                      const __grid_constant__ ExponentialWorkspace workspace) {
+__global__ void __launch_bounds__(kThreads) additive_exponential_parts_kernel(
+    const __grid_constant__ AttentionProblem p,
+    const __grid_constant__ ExponentialBackwardWorkspace workspace) {
   const auto generic = Workspace<float>::of(p, workspace.generic);
   const std::int64_t tiles = Workspace<float>::query_tiles(p);
   const std::int64_t index = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;

@@ -1,4 +1,5 @@
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/launch_sequence.h"
 #include "kernels/cuda/sm80/additive_group.h"
 #include "kernels/cuda/sm80/additive_group_gradients.cuh"
 #include "kernels/cuda/sm80/additive_group_rows.cuh"
@@ -19,7 +20,8 @@ class Launches {
       : call_(call),
         workspace_(workspace_of(call.problem, memory)),
         shape_(GradientShape::of(call.problem, device.shared_bytes_per_block)),
-        stream_(stream) {}
+        stream_(stream),
+        launches_(stream) {}
 
   cudaError_t all() {
     const AttentionProblem& p = call_.problem;
@@ -27,23 +29,27 @@ class Launches {
     const std::int64_t feature_bytes =
         workspace_.centre.features * static_cast<std::int64_t>(sizeof(float));
     const auto* const grad_lse = static_cast<const float*>(call_.grad_lse);
-    run(additive_group_extremes_kernel<T>, kv_rows * workspace_.centre.parts, kExtremesThreads,
-        2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace_.centre);
-    run(additive_group_rows_kernel<T, false>, kv_rows * row_blocks(workspace_.key_stripes),
-        kRowsThreads, feature_bytes, p, workspace_, grad_lse);
-    then([&] { return attention_backward_statistics(call_, workspace_.generic, stream_); });
-    run(additive_group_rows_kernel<T, true>,
-        p.batch * p.heads * row_blocks(workspace_.query_stripes), kRowsThreads,
-        feature_bytes * (1 + kRowsThreads / 32), p, workspace_, grad_lse);
+    launches_.run(additive_group_extremes_kernel<T>, kv_rows * workspace_.centre.parts,
+                  kExtremesThreads, 2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)),
+                  p, workspace_.centre);
+    launches_.run(additive_group_rows_kernel<T, false>,
+                  kv_rows * row_blocks(workspace_.key_stripes), kRowsThreads, feature_bytes, p,
+                  workspace_, grad_lse);
+    launches_.then(
+        [&] { return attention_backward_statistics(call_, workspace_.generic, stream_); });
+    launches_.run(additive_group_rows_kernel<T, true>,
+                  p.batch * p.heads * row_blocks(workspace_.query_stripes), kRowsThreads,
+                  feature_bytes * (1 + kRowsThreads / 32), p, workspace_, grad_lse);
     gradients<false>();
     gradients<true>();
     const std::int64_t parts = p.batch * p.heads * Workspace<float>::query_tiles(p) * p.head_dim;
-    run(additive_group_weight_parts_kernel, (parts + kWeightPartsThreads - 1) / kWeightPartsThreads,
-        kWeightPartsThreads, 0, p, workspace_);
-    then([&] {
+    launches_.run(additive_group_weight_parts_kernel,
+                  (parts + kWeightPartsThreads - 1) / kWeightPartsThreads, kWeightPartsThreads, 0,
+                  p, workspace_);
+    launches_.then([&] {
       return attention_backward_gradients(call_, workspace_.generic, stream_, workspace_.redo);
     });
-    return error_;
+    return launches_.error();
   }
 
  private:
@@ -54,32 +60,18 @@ class Launches {
   template <bool kOwnsKeys>
   void gradients() {
     const auto start = [&](auto kernel) {
-      run(kernel, GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_), shape_.threads(),
-          shape_.shared_bytes(), call_, workspace_, shape_);
+      launches_.run(kernel, GradientOwner<kOwnsKeys>::blocks(call_.problem, shape_),
+                    shape_.threads(), shape_.shared_bytes(), call_, workspace_, shape_);
     };
     if (shape_ == kShapeOf64) return start(additive_group_gradients_kernel<T, kOwnsKeys, true>);
     start(additive_group_gradients_kernel<T, kOwnsKeys, false>);
-  }
-
-  template <typename Launch>
-  void then(Launch launch) {
-    if (error_ == cudaSuccess) error_ = launch();
-  }
-  template <typename... Parameters, typename... Arguments>
-  void run(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::int64_t bytes,
-           const Arguments&... arguments) {
-    then([&] {
-      return launch(kernel, dim3(static_cast<unsigned>(blocks)),
-                    dim3(static_cast<unsigned>(threads)), static_cast<std::size_t>(bytes), stream_,
-                    arguments...);
-    });
   }
 
   const AttentionBackward& call_;
   GradientWorkspace workspace_;
   GradientShape shape_;
   cudaStream_t stream_;
-  cudaError_t error_ = cudaSuccess;
+  LaunchSequence launches_;
 };
 
 }  // namespace
