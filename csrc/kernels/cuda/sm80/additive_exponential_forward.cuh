@@ -128,10 +128,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   };
   const float largest_query = query.largest_of(row, tile);
   bool beyond = stage_weight<kWidth>(weight, p, batch, head) || largest_query == kInfinity<float>;
-  for (std::int64_t n = first_tile + thread; n < end_tile; n += kThreads) {
-    beyond = beyond || key.largest_of(kv_row, n) == kInfinity<float> ||
-             value.largest_of(kv_row, n) == kInfinity<float>;
-  }
+  beyond = beyond || any_beyond(key, kv_row, first_tile, end_tile) ||
+           any_beyond(value, kv_row, first_tile, end_tile);
   beyond = __syncthreads_or(beyond) != 0;
   if (thread == 0) workspace.redo[row * query.tiles + tile] = beyond ? 1 : 0;
   if (beyond) return;
@@ -221,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       store_any(call.out, p.dtype, batch, head, i, warp_column + 8 * n + lane % 4 * 2, p.value_dim,
-                {out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse, 0, 0}, 2);
+                {out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse});
     }
   }
 }

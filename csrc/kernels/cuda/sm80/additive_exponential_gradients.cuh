@@ -310,14 +310,10 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
                                  static_cast<int>(query.tiles));
 
   bool beyond = stage_weight<kWidth>(memory.weight, p, block.batch, block.head);
-  for (int n = first_key_tile + thread_index_here(); n < end_key_tile; n += kThreads) {
-    beyond = beyond || key.largest_of(block.kv_row, n) == kInfinity<float> ||
-             value.largest_of(block.kv_row, n) == kInfinity<float>;
-  }
-  for (int n = first_query_tile + thread_index_here(); n < end_query_tile; n += kThreads) {
-    beyond = beyond || query.largest_of(block.row, n) == kInfinity<float> ||
-             grad_out.largest_of(block.row, n) == kInfinity<float>;
-  }
+  beyond = beyond || any_beyond(key, block.kv_row, first_key_tile, end_key_tile) ||
+           any_beyond(value, block.kv_row, first_key_tile, end_key_tile) ||
+           any_beyond(query, block.row, first_query_tile, end_query_tile) ||
+           any_beyond(grad_out, block.row, first_query_tile, end_query_tile);
   if (__syncthreads_or(beyond) != 0) {
     if (thread_index_here() == 0) atomicMax(workspace.redo + block.kv_row, 1U);
     return;
@@ -327,12 +323,9 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
   float* const query_part =
       workspace.query_parts +
       (block.row * workspace.key_ranges + block.key_range) * p.query_length * workspace.features;
-  {
-    const auto statistics = Workspace<float>::of(p, workspace.generic);
-    begin_query_part(query_part, call, workspace, statistics, block, memory.weight,
-                     std::int64_t{first_query_tile} * kTileTokens,
-                     min(std::int64_t{end_query_tile} * kTileTokens, p.query_length));
-  }
+  begin_query_part(query_part, call, workspace, Workspace<float>::of(p, workspace.generic), block,
+                   memory.weight, std::int64_t{first_query_tile} * kTileTokens,
+                   min(std::int64_t{end_query_tile} * kTileTokens, p.query_length));
 
   float grad_weight[kSlices][2] = {};
   float grad_slope = 0;
@@ -350,13 +343,12 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 2 : 1)
       {
         const std::int64_t first_query = std::int64_t{tile} * kTileTokens;
         const std::int64_t first_key = std::int64_t{key_tile} * kTileTokens;
-        const int batch = block.batch;
-        const Pattern pattern = pattern_of(p, batch, first_query, first_key);
+        const Pattern pattern = pattern_of(p, block.batch, first_query, first_key);
         plain = pattern == Pattern::kPlain;
         bool any = pattern != Pattern::kNone;
         if (pattern == Pattern::kSome && p.mask_kind != MaskKind::kNone) {
           float bias[4][4];
-          any = __syncthreads_or(load_biases_of_any(bias, p, batch, block.head,
+          any = __syncthreads_or(load_biases_of_any(bias, p, block.batch, block.head,
                                                     Pairs::of<float>(first_query, first_key))) != 0;
         }
         if (!any) {

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
     sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
   }
   store_any(call.gradient, call.dtype, row / call.heads, row % call.heads, token,
-            static_cast<int>(d), call.dims, {sum.x, sum.y, sum.z, sum.w}, 4);
+            static_cast<int>(d), call.dims, {sum.x, sum.y, sum.z, sum.w});
 }
 
 // Parts of the gradients of weight and slopes where the generic kernel would leave them, whose last

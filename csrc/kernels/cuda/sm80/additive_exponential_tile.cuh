@@ -71,6 +71,17 @@ __device__ __forceinline__ void copy_tile(float* to, const float* from, int colu
   }
 }
 
+// Whether one of this thread's share of a row's tiles [first, end) is beyond the range.
+template <typename Index>
+__device__ __forceinline__ bool any_beyond(const PreparedTensor& tensor, Index row, Index first,
+                                           Index end) {
+  bool beyond = false;
+  for (Index n = first + thread_index_here(); n < end; n += kThreads) {
+    beyond = beyond || tensor.largest_of(row, n) == kInfinity<float>;
+  }
+  return beyond;
+}
+
 // The weight of one (batch, head) to shared memory, zeros beyond E. Returns whether this thread's
 // are too large.
 template <int kWidth>
@@ -311,15 +322,16 @@ __device__ __forceinline__ void multiply(float (&product)[kTiles][4], const Oper
   }
 }
 
-// Stores elements d ... d + 3 of a token that exist.
+// Stores elements d ... d + count - 1 of a token that exist.
+template <int count>
 __device__ __forceinline__ void store_any(const View& view, DType dtype, std::int64_t batch,
                                           std::int64_t head, std::int64_t token, int d,
-                                          std::int64_t dims, const float (&x)[4], int count) {
+                                          std::int64_t dims, const float (&x)[count]) {
   with_element(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (e < count && d + e < dims) store<T>(view, batch, head, token, d + e, x[e]);
+    for (int e = 0; e < count; ++e) {
+      if (d + e < dims) store<T>(view, batch, head, token, d + e, x[e]);
     }
   });
 }

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_tile.cuh"
+#include "kernels/cuda/launch_sequence.h"
 #include "kernels/cuda/sm80/additive_group_extremes.cuh"
 #include "kernels/cuda/sm80/additive_group_forward.cuh"
 #include "kernels/cuda/sm80/additive_group_keys.cuh"
@@ -36,29 +37,22 @@ template <typename T>
 cudaError_t forward(const AttentionForward& call, void* memory, cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
   const auto workspace = GroupWorkspace::of(p, memory);
-  const auto run = [&](auto kernel, std::int64_t blocks, int threads, std::int64_t bytes,
-                       const auto&... arguments) {
-    if (blocks == 0) return cudaSuccess;
-    return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                  static_cast<std::size_t>(bytes), stream, arguments...);
-  };
+  LaunchSequence launches(stream);
   const std::int64_t kv_rows = p.batch * p.kv_heads;
   const std::int64_t feature_bytes =
       workspace.centre.features * static_cast<std::int64_t>(sizeof(float));
-  cudaError_t error =
-      run(additive_group_extremes_kernel<T>, kv_rows * workspace.centre.parts, kExtremesThreads,
-          2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace.centre);
-  if (error != cudaSuccess) return error;
-  error = run(additive_group_keys_kernel<T>, kv_rows * workspace.key_tiles, kKeysThreads,
-              feature_bytes, p, workspace);
-  if (error != cudaSuccess) return error;
-  error = with_width(p.value_dim, [&](auto width) {
-    return run(additive_group_forward_kernel<T, decltype(width)::value>,
-               p.batch * p.heads * workspace.query_tiles, kForwardThreads, shared_bytes(p), call,
-               workspace);
+  launches.run(additive_group_extremes_kernel<T>, kv_rows * workspace.centre.parts,
+               kExtremesThreads, 2 * kExtremesThreads * static_cast<std::int64_t>(sizeof(float)), p,
+               workspace.centre);
+  launches.run(additive_group_keys_kernel<T>, kv_rows * workspace.key_tiles, kKeysThreads,
+               feature_bytes, p, workspace);
+  with_width(p.value_dim, [&](auto width) {
+    launches.run(additive_group_forward_kernel<T, decltype(width)::value>,
+                 p.batch * p.heads * workspace.query_tiles, kForwardThreads, shared_bytes(p), call,
+                 workspace);
   });
-  if (error != cudaSuccess) return error;
-  return attention_forward(call, stream, workspace.redo);
+  launches.then([&] { return attention_forward(call, stream, workspace.redo); });
+  return launches.error();
 }
 
 }  // namespace
