@@ -1,6 +1,6 @@
 // Additive attention by the exponential form, forward and backward, against the reference: sizes,
 // policies, dtypes, the two ways of sharing a reciprocal, and what it leaves to the generic kernel.
-#include "attention_case.h"
+#include "additive_cases.h"
 
 namespace {
 
@@ -53,13 +53,7 @@ const Case cases[] = {
                   {.what = What::kGroupAndExponential, .dtype = kBF16, .gradient_error = 6e-3}),
     normal_inputs("exponential bf16, N(0, 0.03)", 0.03, {.dtype = kBF16, .gradient_error = 6e-3}),
     // sizes
-    {.name = "exponential length 1",
-     .query_length = 1,
-     .key_length = 1,
-     .head_dim = 1,
-     .value_dim = 1},
     {.name = "exponential one query", .query_length = 1, .key_length = 150},
-    {.name = "exponential odd sizes", .batch = 2, .query_length = 70, .key_length = 131},
     {.name = "exponential E 16, Ev 16", .key_length = 100, .head_dim = 16, .value_dim = 16},
     {.name = "exponential E 5, Ev 48", .head_dim = 5, .value_dim = 48},
     {.name = "exponential E 32, Ev 64", .query_length = 67, .head_dim = 32, .value_dim = 64},
@@ -86,7 +80,6 @@ const Case cases[] = {
      .head_dim = 40,
      .value_dim = 128,
      .shared_kib = 227},
-    {.name = "exponential no values", .value_dim = 0},
     {.name = "exponential no keys", .what = What::kExponential, .key_length = 0},
     {.name = "exponential no features", .what = What::kExponential, .head_dim = 0, .value_dim = 3},
     // More tiles of keys than ranges of them, and of queries.
@@ -99,19 +92,6 @@ const Case cases[] = {
      .head_dim = 3,
      .value_dim = 2,
      .window_right = 200},
-    // layouts
-    {.name = "exponential heads inside",
-     .batch = 2,
-     .heads = 3,
-     .kv_heads = 3,
-     .head_dim = 16,
-     .value_dim = 8,
-     .layout = Layout::kHeadsInside},
-    {.name = "exponential every other feature",
-     .dtype = kF16,
-     .value_dim = 24,
-     .layout = Layout::kEveryOther},
-    {.name = "exponential shared batch", .batch = 2, .layout = Layout::kSharedBatch},
     // grouped heads, weights
     {.name = "exponential grouped heads",
      .batch = 2,
@@ -119,19 +99,7 @@ const Case cases[] = {
      .kv_heads = 2,
      .query_length = 40,
      .key_length = 50},
-    {.name = "exponential weight per sample", .batch = 2, .weight_per_batch = true},
-    {.name = "exponential one weight", .batch = 2, .weight_per_head = false},
     // masks
-    {.name = "exponential bool mask",
-     .batch = 2,
-     .query_length = 70,
-     .key_length = 67,
-     .mask = MaskKind::kBool},
-    {.name = "exponential bool mask of keys",
-     .dtype = kF16,
-     .batch = 2,
-     .mask = MaskKind::kBool,
-     .mask_broadcast = {false, true, true, false}},
     {.name = "exponential float mask", .batch = 2, .mask = MaskKind::kFloat},
     {.name = "exponential bf16 mask", .dtype = kBF16, .mask = MaskKind::kFloat},
     {.name = "exponential bf16, float32 mask",
@@ -180,25 +148,8 @@ const Case cases[] = {
     {.name = "exponential mask of lowest numbers",
      .mask = MaskKind::kFloat,
      .special = Special::kLowestMask},
-    {.name = "exponential blocks hidden by a mask",
-     .query_length = 70,
-     .key_length = 330,
-     .mask = MaskKind::kBool,
-     .special = Special::kHiddenBlocks},
     // ranges of keys
     {.name = "exponential causal, long", .query_length = 131, .key_length = 131, .window_right = 0},
-    {.name = "exponential window",
-     .query_length = 131,
-     .key_length = 100,
-     .window_left = 9,
-     .window_right = 3,
-     .query_offset = -20},
-    {.name = "exponential lengths, starts, offsets",
-     .batch = 3,
-     .lengths = true,
-     .starts = true,
-     .offsets = true,
-     .window_right = 0},
     {.name = "exponential grouped heads, window",
      .heads = 4,
      .kv_heads = 2,
@@ -211,7 +162,6 @@ const Case cases[] = {
      .window_right = 0,
      .query_offset = -12,
      .grad_lse = true},
-    {.name = "exponential no row has a key", .window_right = 0, .query_offset = -100},
     // ALiBi, dropout, lse
     {.name = "exponential slopes, causal",
      .heads = 4,
@@ -221,35 +171,12 @@ const Case cases[] = {
      .slopes = true,
      .window_right = 0,
      .largest_term = 50},  // g times a distance
-    {.name = "exponential dropout",
-     .batch = 2,
-     .query_length = 66,
-     .key_length = 67,
-     .dropout_p = 0.3},
-    {.name = "exponential f16 dropout, mask",
-     .dtype = kF16,
-     .mask = MaskKind::kBool,
-     .dropout_p = 0.6},
     {.name = "exponential dropout, NaN in the mask",
      .mask = MaskKind::kFloat,
      .mask_broadcast = {true, false, false, false},
      .dropout_p = 0.5,
      .special = Special::kNanMask},
-    {.name = "exponential dropout of all", .dropout_p = 1.0},
     {.name = "exponential lse gradient", .batch = 2, .window_right = 0, .grad_lse = true},
-    // numbers that must not spread
-    {.name = "exponential NaN behind a mask",
-     .mask = MaskKind::kBool,
-     .special = Special::kNanBehindMask,
-     .redo = Redo::kAll},
-    {.name = "exponential NaN behind lengths", .lengths = true, .special = Special::kNanBehindMask},
-    {.name = "exponential inf behind lengths", .lengths = true, .special = Special::kInfBehindMask},
-    {.name = "exponential NaN inside",
-     .query_length = 70,
-     .window_right = 0,
-     .query_offset = -15,
-     .special = Special::kNanInside,
-     .redo = Redo::kSome},
     // the range
     {.name = "exponential four features",
      .query_length = 70,
@@ -282,19 +209,10 @@ const Case cases[] = {
      .query_mean = -25,
      .largest_term = 1},
     {.name = "exponential queries of 50", .query_mean = 50, .largest_term = 1, .redo = Redo::kAll},
-    {.name = "exponential N(0, 50)", .magnitude = 50, .redo = Redo::kAll},
-    {.name = "exponential N(0, 1e4)", .magnitude = 1e4, .redo = Redo::kAll},
     {.name = "exponential saturated queries",
      .special = Special::kSaturatedQueries,
      .largest_term = 1,  // dw is 0, a sum of all g
      .redo = Redo::kAll},
-    {.name = "exponential one huge key",
-     .query_length = 70,
-     .key_length = 67,
-     .head_dim = 40,
-     .special = Special::kOneHugeKey,
-     .redo = Redo::kSome},
-    {.name = "exponential huge numbers", .special = Special::kHugeScores, .redo = Redo::kSome},
     {.name = "exponential small weights",
      .query_length = 70,
      .weight_magnitude = 1e-6,
@@ -426,6 +344,7 @@ void ranges() {
   }
 }
 
+const std::vector<testing::Test> common_tests = additive_tests<exponential>("exponential ");
 const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
 const testing::Test other_tests[] = {{"exponential refusals", refusals},
                                      {"exponential ranges", ranges}};

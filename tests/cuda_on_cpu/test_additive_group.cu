@@ -1,6 +1,6 @@
 // The forward of additive attention by the group method against the reference: policies, sizes,
 // ranges and their edges, and which tiles it leaves to the generic kernel.
-#include "attention_case.h"
+#include "additive_cases.h"
 
 namespace {
 
@@ -52,8 +52,6 @@ const Case cases[] = {
      .scale = 1,
      .out_error = 6e-3},
     // sizes
-    {.name = "group length 1", .query_length = 1, .key_length = 1, .head_dim = 1, .value_dim = 1},
-    {.name = "group odd sizes", .batch = 2, .query_length = 70, .key_length = 131},
     {.name = "group one quad", .key_length = 200, .head_dim = 16, .value_dim = 16},
     {.name = "group two quads", .key_length = 200, .head_dim = 32, .value_dim = 8},
     {.name = "group E 97, Ev 96", .heads = 1, .kv_heads = 1, .head_dim = 97, .value_dim = 96},
@@ -70,35 +68,9 @@ const Case cases[] = {
      .key_length = 35,
      .head_dim = 240,
      .value_dim = 130},
-    {.name = "group no values", .value_dim = 0},
-    // layouts
-    {.name = "group heads inside",
-     .batch = 2,
-     .heads = 3,
-     .kv_heads = 3,
-     .head_dim = 16,
-     .value_dim = 8,
-     .layout = Layout::kHeadsInside},
-    {.name = "group every other feature",
-     .dtype = kF16,
-     .value_dim = 24,
-     .layout = Layout::kEveryOther},
-    {.name = "group shared batch", .batch = 2, .layout = Layout::kSharedBatch},
     // grouped heads, weights
     {.name = "group grouped heads", .batch = 2, .heads = 4, .kv_heads = 2},
-    {.name = "group weight per sample", .batch = 2, .weight_per_batch = true},
-    {.name = "group one weight", .batch = 2, .weight_per_head = false},
     // masks
-    {.name = "group bool mask",
-     .batch = 2,
-     .query_length = 70,
-     .key_length = 67,
-     .mask = MaskKind::kBool},
-    {.name = "group bool mask of keys",
-     .dtype = kF16,
-     .batch = 2,
-     .mask = MaskKind::kBool,
-     .mask_broadcast = {false, true, true, false}},
     {.name = "group float mask",
      .what = What::kGroupAndBackward,
      .batch = 2,
@@ -108,31 +80,13 @@ const Case cases[] = {
      .mask = MaskKind::kFloat,
      .float32_mask = true,
      .special = Special::kLowestMask},
-    {.name = "group blocks hidden by a mask",
-     .query_length = 70,
-     .key_length = 330,
-     .mask = MaskKind::kBool,
-     .special = Special::kHiddenBlocks},
     // ranges of keys
     {.name = "group causal",
      .what = What::kGroupAndBackward,
      .query_length = 131,
      .key_length = 131,
      .window_right = 0},
-    {.name = "group window",
-     .query_length = 131,
-     .key_length = 100,
-     .window_left = 9,
-     .window_right = 3,
-     .query_offset = -20},
-    {.name = "group lengths, starts, offsets",
-     .batch = 3,
-     .lengths = true,
-     .starts = true,
-     .offsets = true,
-     .window_right = 0},
     {.name = "group rows without a key", .window_right = 0, .query_offset = -12},
-    {.name = "group no row has a key", .window_right = 0, .query_offset = -100},
     // ALiBi, dropout
     {.name = "group slopes, causal",
      .heads = 4,
@@ -147,22 +101,6 @@ const Case cases[] = {
      .slopes = true,
      .slopes_per_batch = true,
      .float32_slopes = true},
-    {.name = "group dropout", .batch = 2, .query_length = 66, .key_length = 67, .dropout_p = 0.3},
-    {.name = "group f16 dropout, mask", .dtype = kF16, .mask = MaskKind::kBool, .dropout_p = 0.6},
-    {.name = "group dropout of all", .dropout_p = 1.0},
-    // numbers that must not spread
-    {.name = "group NaN behind a mask",
-     .mask = MaskKind::kBool,
-     .special = Special::kNanBehindMask,
-     .redo = Redo::kAll},
-    {.name = "group NaN behind lengths", .lengths = true, .special = Special::kNanBehindMask},
-    {.name = "group inf behind lengths", .lengths = true, .special = Special::kInfBehindMask},
-    {.name = "group NaN inside",
-     .query_length = 70,
-     .window_right = 0,
-     .query_offset = -15,
-     .special = Special::kNanInside,
-     .redo = Redo::kSome},
     // the range: four groups to a reciprocal, two, and what is left to the generic kernel
     {.name = "group four joined, edge",
      .head_dim = 16,
@@ -185,8 +123,6 @@ const Case cases[] = {
      .weight_magnitude = 0.5,
      .special = Special::kRange,
      .redo = Redo::kAll},
-    {.name = "group N(0, 50)", .magnitude = 50, .redo = Redo::kAll},
-    {.name = "group N(0, 1e4)", .magnitude = 1e4, .redo = Redo::kAll},
     {.name = "group queries of 50", .query_mean = 50},
     {.name = "group queries of -1e4", .query_mean = -1e4},
     {.name = "group keys of 50, queries of -50", .query_mean = -50, .key_mean = 50},
@@ -194,13 +130,6 @@ const Case cases[] = {
      .dtype = kF16,
      .query_mean = 1e4,
      .key_mean = -1e4},
-    {.name = "group one huge key",
-     .query_length = 70,
-     .key_length = 67,
-     .head_dim = 40,
-     .special = Special::kOneHugeKey,
-     .redo = Redo::kSome},
-    {.name = "group huge numbers", .special = Special::kHugeScores, .redo = Redo::kSome},
     {.name = "group large weights", .weight_magnitude = 30, .redo = Redo::kAll},
 };
 
@@ -243,6 +172,7 @@ void refusals() {
   CHECK(refused([](auto& p, auto&) { p.batch = std::int64_t{1} << 32; }));
 }
 
+const std::vector<testing::Test> common_tests = additive_tests<group>("group ");
 const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
 const testing::Test refusals_test("group refusals", refusals);
 
