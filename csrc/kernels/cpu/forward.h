@@ -154,7 +154,7 @@ class ForwardKernel {
       queries = carver.take<T>(rows * Score::query_size(k.p_.head_dim));
       scores = carver.take<T>(rows * k.score_ld_);
       sums = carver.take<T>(rows * k.width_);
-      maximum = carver.take<T>(rows);
+      maximum = carver.take<T>(round_up(rows, kLanes<T>));
       total = carver.take<T>(rows * kLanes<T>);
       row = carver.take<T>(k.score_ld_);
       panels = carver.take<T>(k.own_panels_ ? k.block_keys_ * k.key_size() : 0);
@@ -280,8 +280,8 @@ class ForwardKernel {
     // Sums over all keys of the task: buffer.sums, .maximum, .total.
     void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
       const AttentionProblem& p = k.p_;
-      for (std::int64_t r = 0; r < rows; ++r) {
-        buffer.maximum[r] = -infinity<T>();
+      for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
+        store(buffer.maximum + r, splat(-infinity<T>()));
       }
       fill_zero(buffer.total, rows * kLanes<T>);
       fill_zero(buffer.sums, rows * k.width_);
@@ -300,24 +300,24 @@ class ForwardKernel {
         }
         KeyBlock block{first, keys};
         if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
-        score_tile(buffer, score, block, rows);
-        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (buffer.tile->group_is_empty(g)) continue;
-          // All maxima first: a row's exponentials would wait for its maximum.
-          const std::int64_t end = smaller<std::int64_t>(r + kGroupRows, rows);
-          for (std::int64_t i = r; i < end; ++i) find_maximum(buffer, score, block, i, g, zeros);
-          for (std::int64_t i = r; i < end; ++i) find_weights(buffer, score, block, i, g, zeros);
+        for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
+          const std::int64_t end = smaller(r + Operand::kBandRows, rows);
+          score_tile(buffer, score, block, r, end);
+          find_maxima(buffer, score, block, r, end, zeros);
+          find_weights(buffer, score, block, r, end, zeros);
+          add_values(buffer, block, r, end, zeros);
         }
-        add_values(buffer, block, rows, zeros);
       }
     }
 
-    void score_tile(Buffers& buffer, Score& score, const KeyBlock& block, std::int64_t rows) {
+    // Of rows [first_row, end_row), as all that follow; first_row begins a group.
+    void score_tile(Buffers& buffer, Score& score, const KeyBlock& block, std::int64_t first_row,
+                    std::int64_t end_row) {
       const TileRanges<T>& tile = *buffer.tile;
       for (std::int64_t u = 0; u < block.keys; u += kPanel<T>) {
-        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-          if (!tile.touches(g, u)) continue;
-          const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
+        for (std::int64_t r = first_row; r < end_row; r += kGroupRows) {
+          if (!tile.touches(r / kGroupRows, u)) continue;
+          const std::int64_t n = smaller<std::int64_t>(kGroupRows, end_row - r);
           T* const to = buffer.scores + r * k.score_ld_ + u;
           if constexpr (Score::kInPlace) {
             score.scores(buffer.queries, r, n, block.first + u, to, k.score_ld_);
@@ -329,7 +329,9 @@ class ForwardKernel {
       }
     }
 
-    // The largest and the smallest of scores. Four chains, since one would wait for its maximum.
+    // The largest and, if wanted, the smallest of scores, by lanes. Four chains, since one would
+    // wait for its maximum.
+    template <bool kSmallest>
     struct Extremes {
       Vec<T> largest[4], smallest[4];
 
@@ -339,7 +341,7 @@ class ForwardKernel {
       }
       TSA_INLINE void add(int x, Vec<T> score) {
         largest[x] = at_least(score, largest[x]);
-        smallest[x] = at_most(score, smallest[x]);
+        if constexpr (kSmallest) smallest[x] = at_most(score, smallest[x]);
       }
       TSA_INLINE void add_all(const T* s, std::int64_t n) {
         constexpr std::int64_t lanes = kLanes<T>;
@@ -354,13 +356,11 @@ class ForwardKernel {
         largest[1] = at_least(first_lanes<T>(score, n - j, largest[1]), largest[1]);
         smallest[1] = at_most(first_lanes<T>(score, n - j, smallest[1]), smallest[1]);
       }
-      T maximum() const {
-        return max_lanes<T>(
-            at_least(at_least(largest[0], largest[1]), at_least(largest[2], largest[3])));
+      Vec<T> maximum() const {
+        return at_least(at_least(largest[0], largest[1]), at_least(largest[2], largest[3]));
       }
-      T minimum() const {
-        return -max_lanes<T>(
-            -at_most(at_most(smallest[0], smallest[1]), at_most(smallest[2], smallest[3])));
+      Vec<T> minimum() const {
+        return at_most(at_most(smallest[0], smallest[1]), at_most(smallest[2], smallest[3]));
       }
     };
 
@@ -370,26 +370,69 @@ class ForwardKernel {
              score.needs_pass();
     }
 
-    // Scores of row r are finished, and its running maximum takes them in.
-    void find_maximum(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
-                      std::int64_t g, Zeros zeros) {
-      const AttentionProblem& p = k.p_;
-      const TileRanges<T>& tile = *buffer.tile;
-      T* const row = buffer.scores + r * k.score_ld_;
-      const bool changes = changes_scores(score, zeros);
-      Extremes extremes;
+    // body(begin, n) for the columns that row r sees, as long as there is no gap.
+    template <typename Body>
+    static TSA_INLINE void for_each_span(const TileRanges<T>& tile, std::int64_t r,
+                                         const Body& body) {
+      const std::int64_t g = r / kGroupRows;
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, tile.begin[r]);
         const std::int64_t n = smaller(span.end, tile.end[r]) - begin;
-        if (n <= 0) continue;
+        if (n > 0) body(begin, n);
+      }
+    }
+
+    // Scores are finished, and the running maxima of their rows take them in.
+    void find_maxima(Buffers& buffer, const Score& score, const KeyBlock& block,
+                     std::int64_t first_row, std::int64_t end_row, Zeros zeros) {
+      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
+      const std::int64_t panels = (block.keys + kPanel<T> - 1) / kPanel<T>;
+      const bool repairs = k.p_.mask_kind == MaskKind::kNone &&
+                           (k.p_.slopes != nullptr || !score.are_bounded(block.bounds, panels));
+      const TileRanges<T>& tile = *buffer.tile;
+      const bool changes = changes_scores(score, zeros);
+      for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
+        // Lane by lane for as many rows as there are lanes, then for all at once.
+        Vec<T> largest[kLanes<T>];
+        for (std::int64_t x = 0; x < kLanes<T>; ++x) {
+          const std::int64_t g = (r + x) / kGroupRows;
+          if (r + x >= end_row) {
+            largest[x] = splat(-infinity<T>());
+          } else if (tile.one_span[g] && !changes && !repairs) {
+            Extremes<false> extremes;
+            extremes.add_all(buffer.scores + (r + x) * k.score_ld_ + tile.begin[r + x],
+                             larger<std::int64_t>(tile.end[r + x] - tile.begin[r + x], 0));
+            largest[x] = extremes.maximum();
+          } else if (repairs) {
+            largest[x] = row_maximum<true>(buffer, score, block, r + x, zeros);
+          } else {
+            largest[x] = row_maximum<false>(buffer, score, block, r + x, zeros);
+          }
+        }
+        transpose<T>(largest);
+        for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+          for (int x = 0; x < width; ++x) largest[x] = at_least(largest[x], largest[x + width]);
+        }
+        raise_maxima(buffer, r, smaller<std::int64_t>(kLanes<T>, end_row - r), largest[0],
+                     score.scale(changes));
+      }
+    }
+
+    // Scores of row r are finished; the lanes of their maximum.
+    template <bool kRepairs>
+    [[gnu::noinline]] Vec<T> row_maximum(Buffers& buffer, const Score& score, const KeyBlock& block,
+                                         std::int64_t r, Zeros zeros) const {
+      T* const row = buffer.scores + r * k.score_ld_;
+      const bool changes = changes_scores(score, zeros);
+      Extremes<kRepairs> extremes;
+      for_each_span(*buffer.tile, r, [&](std::int64_t begin, std::int64_t n) {
         if (changes) change_scores(score, r, block.first + begin, n, zeros, row + begin);
         extremes.add_all(row + begin, n);
-      }
-      raise_maximum(buffer, r, extremes.maximum(), score.scale(changes));
-      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
-      if (p.mask_kind == MaskKind::kNone && extremes.minimum() == -infinity<T>()) {
+      });
+      if (kRepairs && any_lane<T>(extremes.minimum() == splat(-infinity<T>()))) {
         store(buffer.total + r * kLanes<T>, splat(infinity<T>()));
       }
+      return extremes.maximum();
     }
 
     // Scores of row r and n keys from j.
@@ -409,27 +452,52 @@ class ForwardKernel {
       }
     }
 
-    // Scores of row r become weights relative to its running maximum; 0 for keys that the row may
-    // not see but its group does.
-    void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block, std::int64_t r,
-                      std::int64_t g, Zeros zeros) {
+    // Scores become weights relative to the running maximum of their row.
+    void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block,
+                      std::int64_t first_row, std::int64_t end_row, Zeros zeros) {
+      const TileRanges<T>& tile = *buffer.tile;
+      const bool changes = changes_scores(score, zeros);
+      const auto scaled = score.scale(changes);
+      for (std::int64_t r = first_row; r < end_row; ++r) {
+        const std::int64_t g = r / kGroupRows;
+        const T maximum = buffer.maximum[r];
+        // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
+        const Vec<T> shift = scaled(splat(maximum == -infinity<T>() ? T(0) : maximum));
+        const bool subtracts = changes || score.can_subtract(shift[0]);
+        const std::int64_t begin = tile.begin[r];
+        const std::int64_t end = smaller(tile.end[r], tile.group_end[g]);
+        if (tile.one_span[g] && begin == tile.group_begin[g] && begin < end &&
+            packs_at_once(begin) && subtracts) {
+          const Vec<T> sum = packed_weights(buffer.scores + r * k.score_ld_, begin, end,
+                                            tile.group_end[g], scaled, shift);
+          T* const total = buffer.total + r * kLanes<T>;
+          store(total, load(total) + sum);
+        } else {
+          if (!subtracts) {
+            for_each_span(tile, r, [&](std::int64_t begin, std::int64_t n) {
+              score.scale_products(buffer.scores + r * k.score_ld_ + begin, n);
+            });
+          }
+          find_weights_of_row(buffer, block, r, score.scale(changes || !subtracts), shift);
+        }
+      }
+    }
+
+    // 0 for keys that the row may not see but its group does.
+    template <typename Scale>
+    [[gnu::noinline]] void find_weights_of_row(Buffers& buffer, const KeyBlock& block,
+                                               std::int64_t r, const Scale& scaled, Vec<T> shift) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
+      const std::int64_t g = r / kGroupRows;
       T* const row = buffer.scores + r * k.score_ld_;
-      const auto scaled = score.scale(changes_scores(score, zeros));
-      const T maximum = buffer.maximum[r];
-      // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
-      const Vec<T> shift = splat(maximum == -infinity<T>() ? T(0) : maximum);
       T* const total = buffer.total + r * kLanes<T>;
       Vec<T> sum = load(total);
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
-        if (packs_at_once(span, begin)) {
-          sum += exponentials<true>(row, begin, end, scaled, shift);
-          const std::int64_t packed = smaller(round_up(end, kPackedKeys), span.end);
-          fill_zero(row + Operand::words(packed),
-                    Operand::words(span.end) - Operand::words(packed));
+        if (begin == span.begin && packs_at_once(begin)) {
+          sum += packed_weights(row, begin, end, span.end, scaled, shift);
           continue;
         }
         sum += exponentials<false>(row, begin, end, scaled, shift);
@@ -445,26 +513,32 @@ class ForwardKernel {
       store(total, sum);
     }
 
-    // The running maximum of row r, which what has been added up so far is put relative to.
+    // The running maxima of n rows from r, which what has been added up so far is put relative to.
     template <typename Scale>
-    void raise_maximum(Buffers& buffer, std::int64_t r, T largest, const Scale& scaled) const {
-      const T before = buffer.maximum[r];
-      if (!(largest > before)) return;
-      buffer.maximum[r] = largest;
-      if (before == -infinity<T>()) return;
-      const Vec<T> factor = exp2<T>(scaled(splat(before - largest)));
-      const auto scale = [&](T* to) { store(to, load(to) * factor); };
-      scale(buffer.total + r * kLanes<T>);
-      for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) scale(buffer.sums + r * k.width_ + d);
+    void raise_maxima(Buffers& buffer, std::int64_t r, std::int64_t n, Vec<T> largest,
+                      const Scale& scaled) const {
+      const Vec<T> before = load(buffer.maximum + r);
+      const Vec<T> raised = at_least(largest, before);
+      store(buffer.maximum + r, raised);
+      const IntVec<T> changed = (raised > before) & (before != splat(-infinity<T>()));
+      if (!any_lane<T>(changed)) return;
+      T factor[kLanes<T>];
+      store(factor, changed ? exp2<T>(scaled(before - raised)) : splat(T(1)));
+      for (std::int64_t x = 0; x < n; ++x) {
+        if (factor[x] == T(1)) continue;
+        const auto scale = [&](T* to) { store(to, load(to) * splat(factor[x])); };
+        T* const sums = buffer.sums + (r + x) * k.width_;
+        scale(buffer.total + (r + x) * kLanes<T>);
+        for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) scale(sums + d);
+      }
     }
 
     // Weights are the left operand of the product with the values, in place: words of several take
     // the place of the first of them.
     static constexpr std::int64_t kPackedKeys = Operand::kPack * kLanes<T>;
 
-    bool packs_at_once(KeyRange span, std::int64_t begin) const {
-      return Operand::kPack > 1 && k.p_.dropout_p == 0.0 && begin == span.begin &&
-             begin % kPackedKeys == 0;
+    bool packs_at_once(std::int64_t begin) const {
+      return k.p_.dropout_p == 0.0 && begin % kPackedKeys == 0;
     }
     static void pack_weights(T* row, std::int64_t begin, std::int64_t end) {
       if constexpr (Operand::kPack > 1) {
@@ -474,13 +548,28 @@ class ForwardKernel {
       }
     }
 
+    // Weights of keys [begin, end) of a row, packed, zeros behind them to span_end; the lanes of
+    // their sum.
+    template <typename Scale>
+    static TSA_INLINE Vec<T> packed_weights(T* row, std::int64_t begin, std::int64_t end,
+                                            std::int64_t span_end, const Scale& scaled,
+                                            Vec<T> shift) {
+      const Vec<T> sum = exponentials<true>(row, begin, end, scaled, shift);
+      const std::int64_t packed =
+          Operand::kPack > 1 ? smaller(round_up(end, kPackedKeys), span_end) : end;
+      if (packed < span_end) {
+        fill_zero(row + Operand::words(packed), Operand::words(span_end) - Operand::words(packed));
+      }
+      return sum;
+    }
+
     // 2^(score - maximum) of keys [begin, end) in their place, or packed; the lanes of their sum.
     template <bool kPacks, typename Scale>
     static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scale& scaled,
                                Vec<T> shift) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        return exp2<T>(scaled(load(row + j) - shift));
+        return exp2<T>(scaled.minus(load(row + j), shift));
       };
       T* words = row + begin / Operand::kPack;
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
@@ -513,13 +602,15 @@ class ForwardKernel {
       return sum0 + sum1;
     }
 
-    void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t rows, Zeros zeros) {
+    void add_values(Buffers& buffer, const KeyBlock& block, std::int64_t first_row,
+                    std::int64_t end_row, Zeros zeros) {
       const TileRanges<T>& tile = *buffer.tile;
       if (Score::kInPlace) {
         const Rows values = k.value_rows(b, h0 / k.p_.group_size());
-        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+        for (std::int64_t r = first_row; r < end_row; r += kGroupRows) {
+          const std::int64_t g = r / kGroupRows;
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
-            add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+            add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
                                 buffer.scores + r * k.score_ld_ + s.begin, k.score_ld_, values,
                                 block.first + s.begin, s.end - s.begin, buffer.sums + r * k.width_,
                                 k.width_);
@@ -529,10 +620,11 @@ class ForwardKernel {
       }
       for (std::int64_t d = 0; d < k.width_; d += kStrip<T>) {
         const std::int64_t columns = smaller<std::int64_t>(kStrip<T>, k.width_ - d);
-        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+        for (std::int64_t r = first_row; r < end_row; r += kGroupRows) {
+          const std::int64_t g = r / kGroupRows;
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
             const std::int64_t begin = Operand::words(s.begin);
-            multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, rows - r),
+            multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
                                           buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
                                           block.values + begin * block.value_ld + d, block.value_ld,
                                           Operand::words(s.end) - begin,
@@ -565,11 +657,13 @@ class ForwardKernel {
           continue;
         }
         const Vec<T> factor = splat(total == T(0) ? T(0) : T(1) / total);
+        Vec<T> row_check{};  // rows would wait for each other
         for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
           const Vec<T> x = load(sums + d) * factor;
-          check += x - x;
+          row_check += x - x;
           store(sums + d, x);
         }
+        check += row_check;
         k.write_row(b, head(r), query(r), sums, maximum, total);
       }
       return sum_lanes<T>(check) == T(0);

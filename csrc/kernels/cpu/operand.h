@@ -30,6 +30,8 @@ struct VectorProducts {
 #endif
   // Of a tile of scores: keys in forward, rows and keys in backward.
   static constexpr std::int64_t kBlockKeys = 256;
+  // Rows of a block that go through scores, softmax and values before the next ones do: all.
+  static constexpr std::int64_t kBandRows = std::int64_t{1} << 32;
   static constexpr std::int64_t kGradientRows = 64;
   static constexpr std::int64_t kGradientKeys = 128;
   static constexpr bool kTransposes = false;  // the left operand must lie along rows
@@ -64,6 +66,12 @@ struct Elements : VectorProducts {
     return load_elements_of_row<T>(rows, row, d, n);
   }
   static const T* in_place(const Rows& rows) { return rows_in_place<T>(rows); }
+
+  // The largest magnitude of an element, NaN left out: the bound of some words, by lanes.
+  static TSA_INLINE Vec<T> raise_bound(Vec<T> bound, Vec<T> words) {
+    return at_least(absolute(words), bound);
+  }
+  static TSA_INLINE T bound_of(Vec<T> bound) { return max_lanes<T>(bound); }
 };
 
 #if defined(__AVX512BF16__)
@@ -105,6 +113,7 @@ struct Bfloat16Pairs : VectorProducts {
     const std::int64_t elements = smaller<std::int64_t>(2 * n, rows.width - 2 * word);
     if (rows.element_stride == 1) {
       const auto* const from = bits_of(rows) + rows.at(row) + 2 * word;
+      if (elements == 2 * kLanes<float>) return (VecF)_mm512_loadu_si512(from);
       const auto mask = static_cast<__mmask32>((std::uint64_t{1} << elements) - 1);
       return (VecF)_mm512_maskz_loadu_epi16(mask, from);
     }
@@ -121,6 +130,18 @@ struct Bfloat16Pairs : VectorProducts {
   }
   static const float* in_place(const Rows& /*rows*/) { return nullptr; }
 
+  // The same as bits, which are in the order of what they stand for; NaN is above infinity.
+  static TSA_INLINE VecF raise_bound(VecF bound, VecF words) {
+    const __m512i magnitudes = (__m512i)((IntVec<float>)words & 0x7fff7fff);
+    return (VecF)_mm512_max_epu16((__m512i)bound, magnitudes);
+  }
+  static TSA_INLINE float bound_of(VecF bound) {
+    const auto bits = (__m512i)bound;
+    const __m512i largest =
+        _mm512_max_epu32(_mm512_slli_epi32(bits, 16), _mm512_and_si512(bits, high_halves()));
+    return __builtin_bit_cast(float, _mm512_reduce_max_epu32(largest));
+  }
+
   // Words of columns j, j + 1 of one row from 2 x kLanes columns.
   static TSA_INLINE VecF round_along(VecF first, VecF second) {
     return (VecF)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -136,6 +157,7 @@ struct Bfloat16Pairs : VectorProducts {
   }
 
  private:
+  static TSA_INLINE __m512i high_halves() { return _mm512_set1_epi32(-0x10000); }
   static const std::uint16_t* bits_of(const Rows& rows) {
     return static_cast<const std::uint16_t*>(rows.data);
   }
@@ -146,10 +168,13 @@ struct Bfloat16Pairs : VectorProducts {
   }
   static TSA_INLINE __m512i widened(const Rows& rows, std::int64_t row, std::int64_t d,
                                     std::int64_t n) {
-    const auto mask = static_cast<__mmask16>((1u << n) - 1u);
     if (rows.element_stride == 1) {
-      return _mm512_cvtepu16_epi32(
-          _mm256_maskz_loadu_epi16(mask, bits_of(rows) + rows.at(row) + d));
+      const auto* const from = bits_of(rows) + rows.at(row) + d;
+      if (n == kLanes<float>) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      }
+      const auto mask = static_cast<__mmask16>((1u << n) - 1u);
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
     }
     alignas(32) std::uint16_t gathered[kLanes<float>] = {};
     gather(rows, row, d, n, gathered);

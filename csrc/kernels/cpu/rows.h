@@ -302,10 +302,13 @@ template <typename T>
 struct Scaled {
   Vec<T> factor;
   TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/ = 0) const { return v * factor; }
+  // The same less `shift`.
+  TSA_INLINE Vec<T> minus(Vec<T> v, Vec<T> shift) const { return fma(v, factor, -shift); }
 };
 template <typename T>
 struct Unchanged {
   TSA_INLINE Vec<T> operator()(Vec<T> v, std::int64_t /*d*/ = 0) const { return v; }
+  TSA_INLINE Vec<T> minus(Vec<T> v, Vec<T> shift) const { return v - shift; }
 };
 
 // Memory of one call: of the caller's stack for a small problem, where an aligned allocation would

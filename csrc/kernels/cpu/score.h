@@ -60,7 +60,10 @@ inline void load_weight(const AttentionProblem& p, std::int64_t b, std::int64_t 
 // in another way.
 template <typename T>
 struct FinishedScores {
+  // Whether scores of keys of these bounds (pack_keys) are known not to overflow.
+  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   bool needs_pass() const { return false; }
+  bool can_subtract(T /*shift*/) const { return true; }
   void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
   // For what has not been through scale_products, or has.
   Unchanged<T> scale(bool /*done*/) const { return {}; }
@@ -70,6 +73,9 @@ struct UnfinishedScores {
   Vec<T> factor;
 
   bool needs_pass() const { return factor[0] < T(0); }  // for the largest is the least then
+  // Whether product * factor - shift, rounded once, is next to 0 where product * factor, rounded,
+  // is the shift.
+  bool can_subtract(T shift) const { return shift > T(-65536) && shift < T(65536); }
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
       store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);
@@ -111,16 +117,36 @@ class DotScore : public DotProducts<OperandT> {
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     pack_along_rows<Operand>(query, i, rows, queries);
-    if constexpr (kScalesQueries) {
-      const std::int64_t size = rows * query_size(p_.head_dim);
-      for (std::int64_t d = 0; d < size; d += kLanes<T>) {
-        store(queries + d, load(queries + d) * factor_);
-      }
+    const std::int64_t size = rows * query_size(p_.head_dim);
+    Vec<T> bound{};
+    for (std::int64_t d = 0; d < size; d += kLanes<T>) {
+      if constexpr (kScalesQueries) store(queries + d, load(queries + d) * factor_);
+      bound = Operand::raise_bound(bound, load(queries + d));
+    }
+    query_bound_ = Operand::bound_of(bound);
+  }
+
+  // bounds[panel]: the largest |k| in it.
+  void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* bounds) const {
+    for (std::int64_t r = 0; r < n; r += kPanel<T>, panels += kPanel<T> * key_size(p_.head_dim)) {
+      Vec<T> bound{};
+      pack_panel<Operand>(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
+                          [&](Vec<T> words, std::int64_t /*d*/) {
+                            bound = Operand::raise_bound(bound, words);
+                            return words;
+                          });
+      *bounds++ = Operand::bound_of(bound);
     }
   }
 
-  void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* /*bounds*/) const {
-    pack_panels<Operand>(key, j, n, panels, Unchanged<T>{});
+  // Whether no sum of products with keys of these bounds can overflow, nor a score.
+  bool are_bounded(const T* bounds, std::int64_t panels) const {
+    const T factor = kScalesQueries ? T(1) : larger(T(1), absolute(factor_)[0]);
+    const T most = Math<T>::max_score / (static_cast<T>(p_.head_dim + 1) * factor);
+    for (std::int64_t n = 0; n < panels; ++n) {
+      if (!(query_bound_ * bounds[n] < most)) return false;
+    }
+    return true;
   }
 
   // scores[rows][kPanel] of rows <= kGroupRows queries from row r of the block.
@@ -144,6 +170,7 @@ class DotScore : public DotProducts<OperandT> {
 
   const AttentionProblem& p_;
   Vec<T> factor_;
+  T query_bound_ = 0;  // the largest |q|, scaled if the queries are
 };
 
 // scale sum_d w_d tanh(q_d + k_d). The sign of w_d moves into q_d and k_d, and

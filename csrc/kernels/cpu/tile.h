@@ -23,17 +23,19 @@ struct RowRanges {
 
   void compute(const AttentionProblem& p, std::int64_t b, std::int64_t first_query,
                std::int64_t queries, std::int64_t rows, KeyRange keys) {
+    if (p.window_left < 0 && p.window_right < 0) {  // all rows see the same keys
+      const KeyRange range = key_range(p, b, first_query);
+      const KeyRange row = {larger(range.begin, keys.begin), smaller(range.end, keys.end)};
+      for (std::int64_t r = 0; r < rows; ++r) begin[r] = row.begin;
+      for (std::int64_t r = 0; r < rows; ++r) end[r] = row.end;
+      all = row.begin < row.end ? row : KeyRange{keys.end, keys.begin};
+      return;
+    }
     all = {keys.end, keys.begin};
-    const bool windowed = p.window_left >= 0 || p.window_right >= 0;
     for (std::int64_t r = 0; r < rows; ++r) {
-      if (r == 0 || windowed) {
-        const KeyRange range = key_range(p, b, first_query + r % queries);
-        begin[r] = larger(range.begin, keys.begin);
-        end[r] = smaller(range.end, keys.end);
-      } else {
-        begin[r] = begin[0];
-        end[r] = end[0];
-      }
+      const KeyRange range = key_range(p, b, first_query + r % queries);
+      begin[r] = larger(range.begin, keys.begin);
+      end[r] = smaller(range.end, keys.end);
       if (begin[r] >= end[r]) continue;
       all.begin = smaller(all.begin, begin[r]);
       all.end = larger(all.end, end[r]);
@@ -52,6 +54,7 @@ struct TileRanges {
   std::int64_t group_begin[kMaxBlockRows];
   std::int64_t group_end[kMaxBlockRows];
   std::uint64_t panels[kMaxBlockRows];  // of a group, a bit each: a pair may be allowed there
+  bool one_span[kMaxBlockRows];         // a group's hull has no gaps
   std::int64_t columns;
 
   template <int kGroupRows, int kStep = 1>
@@ -59,18 +62,20 @@ struct TileRanges {
                std::int64_t keys) {
     columns = keys;
     for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
-      group_begin[g] = keys;
-      group_end[g] = 0;
       panels[g] = ~std::uint64_t{0};
+      one_span[g] = true;
+      KeyRange hull = {keys, 0};
       for (std::int64_t i = r; i < smaller<std::int64_t>(r + kGroupRows, rows); ++i) {
-        begin[i] = larger<std::int64_t>(ranges.begin[i] - first_key, 0);
-        end[i] = smaller(ranges.end[i] - first_key, keys);
-        if (begin[i] >= end[i]) continue;
-        group_begin[g] = smaller(group_begin[g], begin[i]);
-        group_end[g] = larger(group_end[g], end[i]);
+        const KeyRange row = {larger<std::int64_t>(ranges.begin[i] - first_key, 0),
+                              smaller(ranges.end[i] - first_key, keys)};
+        begin[i] = row.begin;
+        end[i] = row.end;
+        if (row.begin < row.end) {
+          hull = {smaller(hull.begin, row.begin), larger(hull.end, row.end)};
+        }
       }
-      group_begin[g] = group_begin[g] / kStep * kStep;
-      if (group_end[g] > 0) group_end[g] = round_up(group_end[g], kStep);
+      group_begin[g] = hull.begin / kStep * kStep;
+      group_end[g] = hull.end > 0 ? round_up(hull.end, kStep) : 0;
     }
   }
 
@@ -100,6 +105,7 @@ struct TileRanges {
       const int last = found == 0 ? -1 : 63 - __builtin_clzll(found);
       group_begin[g] = first.begin;
       group_end[g] = smaller((last + 1) * std::int64_t{kPanel<T>}, group_end[g]);
+      one_span[g] = found != 0 && span(g, 0).end == group_end[g];
       any = any || found != 0;
     }
     return any;
