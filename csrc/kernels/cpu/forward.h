@@ -112,7 +112,9 @@ class ForwardKernel {
     splits_ = tasks >= kWantedTasks ? 1 : larger<std::int64_t>(splits_, 1);
     split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
     splits_ = (keys + split_keys_ - 1) / split_keys_;
-    shared_keys_ = !Score::kInPlace && p_.key_length > 0 && blocks_ * p_.heads > packed_heads();
+    // Two blocks of rows, and few tasks, pack keys again in less time than they would wait for them.
+    shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
+                   blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > 4;
     own_panels_ = !Score::kInPlace && !shared_keys_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
