@@ -79,6 +79,7 @@ class BackwardKernel {
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastTasks = 4;
+  static constexpr std::int64_t kLeastKeys = 64;  // of such a half
   static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
 
   void plan() {
@@ -90,7 +91,10 @@ class BackwardKernel {
     const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
     block_keys_ =
         smaller(Gradient::kBlockKeys, larger<std::int64_t>(Gradient::kBlockKeys * 128 / widest, 1));
-    block_keys_ = smaller(block_keys_, larger<std::int64_t>(p_.key_length, 1));
+    // One head of few keys is cut in two, so that two threads have work.
+    const bool one_head = p_.batch * p_.kv_heads <= 1;
+    const std::int64_t most = one_head ? larger(p_.key_length / 2, kLeastKeys) : p_.key_length;
+    block_keys_ = smaller(block_keys_, larger<std::int64_t>(most, 1));
     block_keys_ = round_up(block_keys_, kPanel<T>);
     block_rows_ = smaller<std::int64_t>(
         Gradient::kBlockRows, round_up(larger<std::int64_t>(p_.query_length, 1), kGroupRows));

@@ -14,14 +14,14 @@
 // A task owns a block of up to 64 queries of one head, or the few queries of all heads that read
 // one key head (few_queries.h), and a share of the keys, where there are few tasks. It walks over
 // blocks of keys: scores of the block by the score's tile (panels of packed keys outside, groups of
-// query rows inside: a panel stays in L1, the scores in L2), ALiBi, mask, softmax with running
-// maximum, product with the values by the same register tile. Panels and inner loops are clipped to
-// the keys that a group of rows may see; panels that the mask hides from a group are left out
-// (TileRanges).
-// Keys are packed once per head and shared if several tasks read them, else by the task itself, or
-// read where they are (few_queries.h).
-// Tasks that share a row block merge in a fixed order, so the result does not depend on threads.
-// Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
+// query rows inside: a panel stays in L1, the scores in L2; or, by kBandRows, a register tile's
+// rows at a time, whose scores stay in L1), ALiBi, mask, softmax with running maximum, product with
+// the values by the same register tile. Panels and inner loops are clipped to the keys that a group
+// of rows may see; panels that the mask hides from a group are left out (TileRanges). Keys are
+// packed once per head and shared if several tasks read them, else by the task itself, or read
+// where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
+// result does not depend on threads. Bound: FMA (dot product), FMA and division (additive); memory
+// bandwidth with one query.
 //
 // If a result is not finite the block is computed again carefully: scores that overflowed anew in
 // double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
@@ -112,7 +112,8 @@ class ForwardKernel {
     splits_ = tasks >= kWantedTasks ? 1 : larger<std::int64_t>(splits_, 1);
     split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
     splits_ = (keys + split_keys_ - 1) / split_keys_;
-    // Two blocks of rows, and few tasks, pack keys again in less time than they would wait for them.
+    // Two blocks of rows, and few tasks, pack keys again in less time than they would wait for
+    // them.
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
                    blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > 4;
     own_panels_ = !Score::kInPlace && !shared_keys_;

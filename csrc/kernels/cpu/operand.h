@@ -113,7 +113,7 @@ struct Bfloat16Pairs : VectorProducts {
     const std::int64_t elements = smaller<std::int64_t>(2 * n, rows.width - 2 * word);
     if (rows.element_stride == 1) {
       const auto* const from = bits_of(rows) + rows.at(row) + 2 * word;
-      if (elements == 2 * kLanes<float>) return (VecF)_mm512_loadu_si512(from);
+      if (elements == std::int64_t{2} * kLanes<float>) return (VecF)_mm512_loadu_si512(from);
       const auto mask = static_cast<__mmask32>((std::uint64_t{1} << elements) - 1);
       return (VecF)_mm512_maskz_loadu_epi16(mask, from);
     }
