@@ -100,7 +100,7 @@ class ForwardKernel {
     if (Score::kInPlace) block_heads_ = p_.group_size();
     block_rows_ = smaller<std::int64_t>(p_.query_length, 64);
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
-    if (p_.query_length <= kMaxBlockRows && units >= 16) block_rows_ = p_.query_length;
+    if (p_.query_length <= kMaxBlockRows && units >= 8) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
     block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
