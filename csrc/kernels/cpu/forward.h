@@ -525,8 +525,10 @@ class ForwardKernel {
       store(buffer.maximum + r, raised);
       const IntVec<T> changed = (raised > before) & (before != splat(-infinity<T>()));
       if (!any_lane<T>(changed)) return;
+      // Weights are relative to the maximum as it is rounded when it is scaled.
+      const Vec<T> factors = exp2<T>(scaled(before) - scaled(raised));
       T factor[kLanes<T>];
-      store(factor, changed ? exp2<T>(scaled(before - raised)) : splat(T(1)));
+      store(factor, changed ? factors : splat(T(1)));
       for (std::int64_t x = 0; x < n; ++x) {
         if (factor[x] == T(1)) continue;
         const auto scale = [&](T* to) { store(to, load(to) * splat(factor[x])); };
