@@ -16,7 +16,7 @@ struct Parallel {
                     void (*task)(void* context, std::int64_t index, int thread),
                     void* context) = nullptr;
 
-  // body(index, thread)
+  // body(index, thread), thread < min(count, threads)
   template <typename Body>
   void run(std::int64_t count, Body&& body) const {
     if (threads <= 1 || count <= 1 || run_tasks == nullptr) {
@@ -25,7 +25,7 @@ struct Parallel {
     }
     using Plain = std::remove_reference_t<Body>;
     run_tasks(
-        count, threads,
+        count, count < threads ? static_cast<int>(count) : threads,
         [](void* context, std::int64_t index, int thread) {
           (*static_cast<Plain*>(context))(index, thread);
         },

@@ -34,7 +34,6 @@ struct alignas(64) TileConfiguration {
 struct Bfloat16Tiles : Bfloat16Pairs {
   static constexpr int kTileRows = 32;
   static constexpr int kStep = 32;
-  static constexpr std::int64_t kBlockKeys = 256;
   // A register tile's rows of scores, 32 KiB, stay in L1 until they have been multiplied.
   static constexpr std::int64_t kBandRows = kTileRows;
   static constexpr std::int64_t kGradientKeys = 256;

@@ -91,9 +91,9 @@ class BackwardKernel {
     const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
     block_keys_ =
         smaller(Gradient::kBlockKeys, larger<std::int64_t>(Gradient::kBlockKeys * 128 / widest, 1));
-    // One head of few keys is cut in two, so that two threads have work.
-    const bool one_head = p_.batch * p_.kv_heads <= 1;
-    const std::int64_t most = one_head ? larger(p_.key_length / 2, kLeastKeys) : p_.key_length;
+    // The keys of one head are cut in two, so that two threads have work.
+    const bool halves = p_.batch * p_.kv_heads == 1 && p_.key_length >= 2 * kLeastKeys;
+    const std::int64_t most = halves ? (p_.key_length + 1) / 2 : p_.key_length;
     block_keys_ = smaller(block_keys_, larger<std::int64_t>(most, 1));
     block_keys_ = round_up(block_keys_, kPanel<T>);
     block_rows_ = smaller<std::int64_t>(

@@ -114,6 +114,7 @@ class DotScoreInPlace : public FinishedScores<Scalar> {
 
   DotScoreInPlace(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : p_(p) {}
 
+  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   void set_head(std::int64_t b, std::int64_t h) {
     key_ = rows_of(p_.dtype, p_.key, b, h / p_.group_size(), p_.head_dim);
   }

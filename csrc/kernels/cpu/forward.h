@@ -11,17 +11,17 @@
 
 // Forward, one pass over the keys, memory O(L).
 //
-// A task owns a block of up to 64 queries of one head, or the few queries of all heads that read
-// one key head (few_queries.h), and a share of the keys, where there are few tasks. It walks over
-// blocks of keys: scores of the block by the score's tile (panels of packed keys outside, groups of
-// query rows inside: a panel stays in L1, the scores in L2; or, by kBandRows, a register tile's
-// rows at a time, whose scores stay in L1), ALiBi, mask, softmax with running maximum, product with
-// the values by the same register tile. Panels and inner loops are clipped to the keys that a group
-// of rows may see; panels that the mask hides from a group are left out (TileRanges). Keys are
-// packed once per head and shared if several tasks read them, else by the task itself, or read
-// where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
-// result does not depend on threads. Bound: FMA (dot product), FMA and division (additive); memory
-// bandwidth with one query.
+// A task owns a block of up to 64 queries of one head (128 where these are all), or the few queries
+// of all heads that read one key head (few_queries.h), and a share of the keys, where there are few
+// tasks. It walks over blocks of keys: scores of the block by the score's tile (panels of packed
+// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2; or, by
+// kBandRows, a register tile's rows at a time, whose scores stay in L1), ALiBi, mask, softmax with
+// running maximum, product with the values by the same register tile. Panels and inner loops are
+// clipped to the keys that a group of rows may see; panels that the mask hides from a group are
+// left out (TileRanges). Keys are packed once per head and shared if many tasks read them, else by
+// the task itself, or read where they are (few_queries.h). Tasks that share a row block merge in a
+// fixed order, so the result does not depend on threads. Bound: FMA (dot product), FMA and division
+// (additive); memory bandwidth with one query.
 //
 // If a result is not finite the block is computed again carefully: scores that overflowed anew in
 // double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
@@ -100,7 +100,7 @@ class ForwardKernel {
     if (Score::kInPlace) block_heads_ = p_.group_size();
     block_rows_ = smaller<std::int64_t>(p_.query_length, 64);
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
-    if (p_.query_length <= kMaxBlockRows && units >= 8) block_rows_ = p_.query_length;
+    if (p_.query_length <= kMaxBlockRows && units >= kManyHeads) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
     block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
@@ -112,10 +112,10 @@ class ForwardKernel {
     splits_ = tasks >= kWantedTasks ? 1 : larger<std::int64_t>(splits_, 1);
     split_keys_ = round_up((keys + splits_ - 1) / splits_, block_keys_);
     splits_ = (keys + split_keys_ - 1) / split_keys_;
-    // Two blocks of rows, and few tasks, pack keys again in less time than they would wait for
-    // them.
+    // Two readers of a head's keys, be they blocks of rows or heads, and few tasks altogether pack
+    // them again in less time than they would wait for them.
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
-                   blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > 4;
+                   blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
     own_panels_ = !Score::kInPlace && !shared_keys_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
@@ -357,7 +357,9 @@ class ForwardKernel {
         if (j == n) return;
         const Vec<T> score = load_first(s + j, n - j);
         largest[1] = at_least(first_lanes<T>(score, n - j, largest[1]), largest[1]);
-        smallest[1] = at_most(first_lanes<T>(score, n - j, smallest[1]), smallest[1]);
+        if constexpr (kSmallest) {
+          smallest[1] = at_most(first_lanes<T>(score, n - j, smallest[1]), smallest[1]);
+        }
       }
       Vec<T> maximum() const {
         return at_least(at_least(largest[0], largest[1]), at_least(largest[2], largest[3]));
@@ -373,7 +375,7 @@ class ForwardKernel {
              score.needs_pass();
     }
 
-    // body(begin, n) for the columns that row r sees, as long as there is no gap.
+    // body(begin, n) for each run of columns that row r sees without a gap.
     template <typename Body>
     static TSA_INLINE void for_each_span(const TileRanges<T>& tile, std::int64_t r,
                                          const Body& body) {
@@ -388,7 +390,7 @@ class ForwardKernel {
     // Scores are finished, and the running maxima of their rows take them in.
     void find_maxima(Buffers& buffer, const Score& score, const KeyBlock& block,
                      std::int64_t first_row, std::int64_t end_row, Zeros zeros) {
-      // Without a mask -inf is a score that overflowed, not a hidden key: have it repaired.
+      // Without a mask -inf is a score that overflowed, not a hidden key.
       const std::int64_t panels = (block.keys + kPanel<T> - 1) / kPanel<T>;
       const bool repairs = k.p_.mask_kind == MaskKind::kNone &&
                            (k.p_.slopes != nullptr || !score.are_bounded(block.bounds, panels));
@@ -398,10 +400,9 @@ class ForwardKernel {
         // Lane by lane for as many rows as there are lanes, then for all at once.
         Vec<T> largest[kLanes<T>];
         for (std::int64_t x = 0; x < kLanes<T>; ++x) {
-          const std::int64_t g = (r + x) / kGroupRows;
           if (r + x >= end_row) {
             largest[x] = splat(-infinity<T>());
-          } else if (tile.one_span[g] && !changes && !repairs) {
+          } else if (!changes && !repairs) {  // no mask, so no gaps
             Extremes<false> extremes;
             extremes.add_all(buffer.scores + (r + x) * k.score_ld_ + tile.begin[r + x],
                              larger<std::int64_t>(tile.end[r + x] - tile.begin[r + x], 0));
@@ -421,7 +422,8 @@ class ForwardKernel {
       }
     }
 
-    // Scores of row r are finished; the lanes of their maximum.
+    // Scores of row r are finished; the lanes of their maximum. With kRepairs the row's sum becomes
+    // infinite, which has the block computed again, if one of them is -inf.
     template <bool kRepairs>
     [[gnu::noinline]] Vec<T> row_maximum(Buffers& buffer, const Score& score, const KeyBlock& block,
                                          std::int64_t r, Zeros zeros) const {
@@ -432,8 +434,10 @@ class ForwardKernel {
         if (changes) change_scores(score, r, block.first + begin, n, zeros, row + begin);
         extremes.add_all(row + begin, n);
       });
-      if (kRepairs && any_lane<T>(extremes.minimum() == splat(-infinity<T>()))) {
-        store(buffer.total + r * kLanes<T>, splat(infinity<T>()));
+      if constexpr (kRepairs) {
+        if (any_lane<T>(extremes.minimum() == splat(-infinity<T>()))) {
+          store(buffer.total + r * kLanes<T>, splat(infinity<T>()));
+        }
       }
       return extremes.maximum();
     }
@@ -477,8 +481,8 @@ class ForwardKernel {
           store(total, load(total) + sum);
         } else {
           if (!subtracts) {
-            for_each_span(tile, r, [&](std::int64_t begin, std::int64_t n) {
-              score.scale_products(buffer.scores + r * k.score_ld_ + begin, n);
+            for_each_span(tile, r, [&](std::int64_t from, std::int64_t n) {
+              score.scale_products(buffer.scores + r * k.score_ld_ + from, n);
             });
           }
           find_weights_of_row(buffer, block, r, score.scale(changes || !subtracts), shift);
@@ -717,6 +721,8 @@ class ForwardKernel {
   }
 
   static constexpr std::int64_t kWantedTasks = 16;
+  static constexpr std::int64_t kFewTasks = 4;
+  static constexpr std::int64_t kManyHeads = 8;           // of which each gives work to a thread
   static constexpr std::int64_t kMergedElements = 16384;  // by one task
 
   const AttentionForward& call_;

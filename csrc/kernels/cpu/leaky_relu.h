@@ -73,6 +73,7 @@ class LeakyReluScore : public FinishedScores<typename OperandT::Scalar> {
     }
   }
 
+  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* /*bounds*/) const {
     pack_panels<Operand>(key, j, n, panels, Unchanged<T>{});
   }

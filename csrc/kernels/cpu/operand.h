@@ -67,7 +67,8 @@ struct Elements : VectorProducts {
   }
   static const T* in_place(const Rows& rows) { return rows_in_place<T>(rows); }
 
-  // The largest magnitude of an element, NaN left out: the bound of some words, by lanes.
+  // The bound of some words, by lanes: the largest magnitude of an element. NaN is left out, since
+  // a score that it is in is NaN and shows as such.
   static TSA_INLINE Vec<T> raise_bound(Vec<T> bound, Vec<T> words) {
     return at_least(absolute(words), bound);
   }
@@ -130,7 +131,8 @@ struct Bfloat16Pairs : VectorProducts {
   }
   static const float* in_place(const Rows& /*rows*/) { return nullptr; }
 
-  // The same as bits, which are in the order of what they stand for; NaN is above infinity.
+  // The same as bits, which are in the order of what they stand for. NaN is above infinity, and
+  // less than nothing.
   static TSA_INLINE VecF raise_bound(VecF bound, VecF words) {
     const __m512i magnitudes = (__m512i)((IntVec<float>)words & 0x7fff7fff);
     return (VecF)_mm512_max_epu16((__m512i)bound, magnitudes);
@@ -278,6 +280,19 @@ inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* 
         if (e < count) store(to + (d + e) * kPanel<T> + half, square[e]);
       }
     }
+  }
+}
+
+// n rows from `begin` to ceil(n / kPanel) panels, one behind the other; bounds[panel] is of the
+// words that transform(words, d, bound) has taken into `bound`.
+template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
+inline void pack_bounded_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                                T* bounds, const Transform& transform) {
+  for (std::int64_t r = 0; r < n; r += kPanel<T>, to += kPanel<T> * Operand::words(rows.width)) {
+    Vec<T> bound{};
+    pack_panel<Operand>(rows, begin + r, smaller<std::int64_t>(kPanel<T>, n - r), to,
+                        [&](Vec<T> words, std::int64_t d) { return transform(words, d, bound); });
+    *bounds++ = Operand::bound_of(bound);
   }
 }
 

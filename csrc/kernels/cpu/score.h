@@ -60,8 +60,6 @@ inline void load_weight(const AttentionProblem& p, std::int64_t b, std::int64_t 
 // in another way.
 template <typename T>
 struct FinishedScores {
-  // Whether scores of keys of these bounds (pack_keys) are known not to overflow.
-  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   bool needs_pass() const { return false; }
   bool can_subtract(T /*shift*/) const { return true; }
   void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
@@ -73,8 +71,9 @@ struct UnfinishedScores {
   Vec<T> factor;
 
   bool needs_pass() const { return factor[0] < T(0); }  // for the largest is the least then
-  // Whether product * factor - shift, rounded once, is next to 0 where product * factor, rounded,
-  // is the shift.
+  // Whether product * factor - shift may be rounded once, where the shift is the largest such
+  // product, rounded: by up to half a unit of its last place, 2^-9 here, that one is not 0, and its
+  // weight not 1. The row's sum has the same factor; but far beyond, 2^x would overflow.
   bool can_subtract(T shift) const { return shift > T(-65536) && shift < T(65536); }
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
@@ -107,7 +106,9 @@ class DotScore : public DotProducts<OperandT> {
   static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
   DotScore(const AttentionProblem& p, T* /*constants*/, T* /*spare*/)
-      : p_(p), factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))) {
+      : p_(p),
+        factor_(splat(static_cast<T>(p.scale * Math<double>::log2e))),
+        most_(largest_product()) {
     if constexpr (!Operand::kFinishes) this->factor = factor_;
   }
 
@@ -128,23 +129,17 @@ class DotScore : public DotProducts<OperandT> {
 
   // bounds[panel]: the largest |k| in it.
   void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* bounds) const {
-    for (std::int64_t r = 0; r < n; r += kPanel<T>, panels += kPanel<T> * key_size(p_.head_dim)) {
-      Vec<T> bound{};
-      pack_panel<Operand>(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
-                          [&](Vec<T> words, std::int64_t /*d*/) {
-                            bound = Operand::raise_bound(bound, words);
-                            return words;
-                          });
-      *bounds++ = Operand::bound_of(bound);
-    }
+    pack_bounded_panels<Operand>(key, j, n, panels, bounds,
+                                 [](Vec<T> words, std::int64_t /*d*/, Vec<T>& bound) {
+                                   bound = Operand::raise_bound(bound, words);
+                                   return words;
+                                 });
   }
 
-  // Whether no sum of products with keys of these bounds can overflow, nor a score.
+  // Whether scores of keys of these bounds are known not to overflow, nor the sums on the way.
   bool are_bounded(const T* bounds, std::int64_t panels) const {
-    const T factor = kScalesQueries ? T(1) : larger(T(1), absolute(factor_)[0]);
-    const T most = Math<T>::max_score / (static_cast<T>(p_.head_dim + 1) * factor);
     for (std::int64_t n = 0; n < panels; ++n) {
-      if (!(query_bound_ * bounds[n] < most)) return false;
+      if (!(query_bound_ * bounds[n] < most_)) return false;
     }
     return true;
   }
@@ -168,8 +163,15 @@ class DotScore : public DotProducts<OperandT> {
   static constexpr bool kScalesProduct = Operand::kPack > 1 && Operand::kFinishes;
   static constexpr bool kScalesQueries = Operand::kPack == 1;
 
+  // Of one product: as many as there are elements, scaled, stay finite.
+  T largest_product() const {
+    const T factor = kScalesQueries ? T(1) : larger(T(1), absolute(factor_)[0]);
+    return Math<T>::max_score / (static_cast<T>(p_.head_dim + 1) * factor);
+  }
+
   const AttentionProblem& p_;
   Vec<T> factor_;
+  T most_;
   T query_bound_ = 0;  // the largest |q|, scaled if the queries are
 };
 
@@ -322,17 +324,14 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
 
   // bounds[panel]: the largest |k| in it.
   void pack_keys(const Rows& key, std::int64_t j, std::int64_t n, T* panels, T* bounds) const {
-    for (std::int64_t r = 0; r < n; r += kPanel<T>, panels += kPanel<T> * key.width) {
-      Vec<T> bound{};
-      pack_panel<Operand>(key, j + r, smaller<std::int64_t>(kPanel<T>, n - r), panels,
-                          [&](Vec<T> k, std::int64_t d) {
-                            k *= load(sign_ + d);
-                            bound = at_least(absolute(k), bound);
-                            return exp_2x(k);
-                          });
-      *bounds++ = max_lanes<T>(bound);
-    }
+    pack_bounded_panels<Operand>(key, j, n, panels, bounds,
+                                 [&](Vec<T> k, std::int64_t d, Vec<T>& bound) {
+                                   k *= load(sign_ + d);
+                                   bound = Operand::raise_bound(bound, k);
+                                   return exp_2x(k);
+                                 });
   }
+  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
 
   void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T bound,
               std::int64_t j, T* scores, std::int64_t ld) {

@@ -6,69 +6,12 @@
 #include <vector>
 
 #include "catch2_any.h"
-#include "kernels/cpu/attention_case.h"
+#include "kernels/cpu/attention_checks.h"
 
 namespace {
 
 using namespace torch_selfattn::kernels;
 using namespace torch_selfattn::kernels::testing;
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Of the largest element. In 16 bits it is the rounding of the results and, in backward, of the
-// output that was saved; in float32 the sum over a few hundred elements.
-double tolerance(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return 1e-13;
-    case DType::kFloat32: return 8e-6;
-    case DType::kFloat16: return 3e-3;
-    case DType::kBFloat16: return 2e-2;
-  }
-  return 0.0;
-}
-
-// Scores of some hundreds: the lse is saved in the result's precision, and its rounding error is
-// one of the weights in backward.
-double tolerance(const Case& c) {
-  return c.amplitude > 5.0 ? std::max(100.0 * tolerance(c.dtype), 3e-4) : tolerance(c.dtype);
-}
-
-void check(const Results& got, const Results& expected, double tolerance) {
-  CHECK(relative_error(got.out, expected.out) < tolerance);
-  CHECK(relative_error(got.lse, expected.lse) < tolerance);
-  CHECK(relative_error(got.grad_query, expected.grad_query) < tolerance);
-  CHECK(relative_error(got.grad_key, expected.grad_key) < tolerance);
-  CHECK(relative_error(got.grad_value, expected.grad_value) < tolerance);
-  CHECK(relative_error(got.grad_weight, expected.grad_weight) < tolerance);
-  CHECK(relative_error(got.grad_mask, expected.grad_mask) < tolerance);
-  CHECK(relative_error(got.grad_slopes, expected.grad_slopes) < tolerance);
-}
-
-// Bits, so that NaN equals NaN.
-bool identical(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
-}
-bool identical(const Results& a, const Results& b) {
-  return identical(a.out, b.out) && identical(a.lse, b.lse) &&
-         identical(a.grad_query, b.grad_query) && identical(a.grad_key, b.grad_key) &&
-         identical(a.grad_value, b.grad_value) && identical(a.grad_weight, b.grad_weight) &&
-         identical(a.grad_mask, b.grad_mask) && identical(a.grad_slopes, b.grad_slopes);
-}
-
-// The implementations under test that run here, and the reference's results for one instance.
-template <typename Check>
-void for_each_implementation(Instance& instance, Check&& check_one) {
-  const Results expected = instance.run(implementation("reference"), threads(1));
-  for (const cpu::AttentionImplementation& candidate : cpu::attention_implementations()) {
-    const std::string name = candidate.name;
-    if (name == "reference" || candidate.not_supported(instance.problem) != nullptr) continue;
-    INFO(name << ", " << instance.c_.score_name() << ", dtype "
-              << static_cast<int>(instance.c_.dtype) << ", " << instance.c_.name);
-    check_one(candidate, expected);
-  }
-}
 
 template <typename Change>
 Case make(const char* name, Change&& change) {
@@ -321,6 +264,16 @@ TEST_CASE("results do not depend on the number of threads") {
                           c.batch = c.heads = c.kv_heads = 1;
                           c.query_length = 150, c.key_length = 2200, c.head_dim = c.value_dim = 8;
                         }),
+                   make("one short head, in two",
+                        [](Case& c) {
+                          c.batch = c.heads = c.kv_heads = 1;
+                          c.query_length = 100, c.key_length = 129;
+                        }),
+                   make("two blocks of rows of grouped heads",
+                        [](Case& c) {
+                          c.batch = 1, c.heads = 2, c.kv_heads = 1;
+                          c.query_length = 110, c.key_length = 70;
+                        }),
                    make("few queries of a group",
                         [](Case& c) { c.heads = 6, c.query_length = 1, c.key_length = 2100; }),
                    make("shared mask",
@@ -461,123 +414,5 @@ TEST_CASE("a NaN stays with the rows and keys that see it") {
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       check(instance.run(candidate, threads(2)), expected, tolerance(c));
     });
-  }
-}
-
-TEST_CASE("scores that overflow give no NaN") {
-  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
-  const double limit = dtype == DType::kFloat32 ? 1e-5 : tolerance(dtype);
-  for (const double amplitude : {1e19, 1e25, 3e37}) {
-    Case c;
-    c.name = "overflow";
-    c.dtype = dtype;
-    c.query_length = 9, c.key_length = 40, c.head_dim = 1;  // no ties but at the limit
-    Instance instance(c);
-    instance.query.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 3 - 1.0); });
-    instance.key.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 5 - 2.0) / 2.0; });
-    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-      // The sign of a score is exact, so is the set of keys at the limit.
-      const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
-      for (const auto* grad : {&got.grad_query, &got.grad_key}) {
-        for (const double x : *grad) CHECK_FALSE(std::isnan(x));
-      }
-    });
-  }
-  SECTION("all scores of a row overflow downwards") {
-    Case c;
-    if (GENERATE(false, true)) c.mask = MaskKind::kBool;
-    c.name = "all low";
-    c.dtype = dtype;
-    c.query_length = 5, c.key_length = 40, c.head_dim = 2;
-    Instance instance(c);
-    instance.query.fill([](auto...) { return -1e30; });
-    instance.key.fill([](auto...) { return 1e30; });
-    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-      const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
-    });
-  }
-  SECTION("all biases of a row overflow") {
-    Case c;
-    c.name = "steep slopes";
-    c.dtype = dtype;
-    c.query_length = 5, c.key_length = 40;
-    c.slopes = true, c.query_offset = -100;
-    Instance instance(c);
-    auto* slopes = static_cast<float*>(const_cast<void*>(instance.problem.slopes));
-    slopes[0] = slopes[1] = 1e38F;
-    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-      const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
-      for (const double x : got.grad_slopes) CHECK_FALSE(std::isnan(x));
-    });
-  }
-  SECTION("sums that overflow on the way to a small number") {
-    const auto mask = GENERATE(MaskKind::kNone, MaskKind::kBool, MaskKind::kFloat);
-    const double large = GENERATE(1e40, 3e38);  // the sum is NaN, or inf and stays it
-    Case c;
-    c.mask = mask;
-    c.name = "cancelling";
-    c.dtype = dtype;
-    c.query_length = 4, c.key_length = 21, c.head_dim = 4;
-    Instance instance(c);
-    instance.query.fill([&](auto...) { return large > 1e39 ? 1e20 : 1.0; });
-    instance.key.fill([&](auto, auto, auto l, auto d) {
-      if (large > 1e39) return d % 2 == 0 ? 1e20 : -1e20;
-      return (d < 2) == (l % 3 == 0) ? large : -large;
-    });
-    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-      const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
-    });
-  }
-}
-
-TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one") {
-  Case c;
-  c.name = "finfo.min";
-  c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
-  Instance instance(c);
-  auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
-  const auto row = static_cast<std::int64_t>(c.key_length);
-  for (std::int64_t n = 0; n < row; ++n) mask[n] = -std::numeric_limits<float>::max();
-  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-    const Results got = instance.run(candidate, threads(1));
-    CHECK(relative_error(got.out, expected.out) < 1e-5);
-    CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
-    CHECK(relative_error(got.grad_query, expected.grad_query) < 1e-5);
-  });
-}
-
-TEST_CASE("the additive score keeps its accuracy far from 0") {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
-    for (const double offset : {0.0, 12.0, 31.0, 40.0, 300.0}) {
-      for (const double amplitude : {0.1, 4.0, 30.0, 1e4}) {
-        Case c;
-        c.name = "offset " + std::to_string(offset) + ", amplitude " + std::to_string(amplitude);
-        c.score = ScoreKind::kAdditive;
-        c.dtype = dtype;
-        c.query_length = 13, c.key_length = 45, c.offset = offset, c.amplitude = amplitude;
-        Instance instance(c);
-        for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
-          const Results got = instance.run(candidate, threads(1));
-          const double limit = dtype == DType::kFloat64 ? 1e-12 : 1e-5;
-          CHECK(relative_error(got.out, expected.out) < limit);
-          CHECK(relative_error(got.lse, expected.lse) < limit);
-          CHECK(relative_error(got.grad_query, expected.grad_query) < 3 * limit);
-          CHECK(relative_error(got.grad_key, expected.grad_key) < 3 * limit);
-          CHECK(relative_error(got.grad_weight, expected.grad_weight) < limit);
-        });
-      }
-    }
   }
 }

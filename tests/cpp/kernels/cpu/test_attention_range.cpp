@@ -1,0 +1,150 @@
+// Every implementation by its name against the reference, where scores are large or overflow.
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "catch2_any.h"
+#include "kernels/cpu/attention_checks.h"
+
+using namespace torch_selfattn::kernels;
+using namespace torch_selfattn::kernels::testing;
+
+TEST_CASE("scores far from 0, in several blocks of keys") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  // The largest scores are about 1e2, 5e4, 3e6, and near the largest number.
+  const double amplitude = GENERATE(5.0, 100.0, 800.0, 5e18);
+  Case c;
+  c.name = "large scores";
+  c.dtype = dtype;
+  c.query_length = 40, c.key_length = 700, c.head_dim = 32;
+  c.window_right = GENERATE(-1, 650);
+  Instance instance(c);
+  // Each key's score is a step above the last one's: no ties, and the maximum rises in every block.
+  instance.query.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 2 == 0 ? 1 : -1); });
+  instance.key.fill([&](auto, auto, auto l, auto d) {
+    return d == 0 ? amplitude * static_cast<double>(l / 8 + 1) / 88.0 : 0.0;
+  });
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(2));
+    CHECK(relative_error(got.out, expected.out) < tolerance(dtype));
+    CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+  });
+}
+
+TEST_CASE("scores that overflow give no NaN") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  const double limit = dtype == DType::kFloat32 ? 1e-5 : tolerance(dtype);
+  for (const double amplitude : {1e19, 1e25, 3e37}) {
+    Case c;
+    c.name = "overflow";
+    c.dtype = dtype;
+    c.query_length = 9, c.key_length = 40, c.head_dim = 1;  // no ties but at the limit
+    Instance instance(c);
+    instance.query.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 3 - 1.0); });
+    instance.key.fill([&](auto, auto, auto l, auto) { return amplitude * (l % 5 - 2.0) / 2.0; });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      // The sign of a score is exact, so is the set of keys at the limit.
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      for (const auto* grad : {&got.grad_query, &got.grad_key}) {
+        for (const double x : *grad) CHECK_FALSE(std::isnan(x));
+      }
+    });
+  }
+  SECTION("all scores of a row overflow downwards") {
+    Case c;
+    if (GENERATE(false, true)) c.mask = MaskKind::kBool;
+    c.name = "all low";
+    c.dtype = dtype;
+    c.query_length = 5, c.key_length = 40, c.head_dim = 2;
+    Instance instance(c);
+    instance.query.fill([](auto...) { return -1e30; });
+    instance.key.fill([](auto...) { return 1e30; });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+    });
+  }
+  SECTION("all biases of a row overflow") {
+    Case c;
+    c.name = "steep slopes";
+    c.dtype = dtype;
+    c.query_length = 5, c.key_length = 40;
+    c.slopes = true, c.query_offset = -100;
+    Instance instance(c);
+    auto* slopes = static_cast<float*>(const_cast<void*>(instance.problem.slopes));
+    slopes[0] = slopes[1] = 1e38F;
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      for (const double x : got.grad_slopes) CHECK_FALSE(std::isnan(x));
+    });
+  }
+  SECTION("sums that overflow on the way to a small number") {
+    const auto mask = GENERATE(MaskKind::kNone, MaskKind::kBool, MaskKind::kFloat);
+    const double large = GENERATE(1e40, 3e38);  // the sum is NaN, or inf and stays it
+    Case c;
+    c.mask = mask;
+    c.name = "cancelling";
+    c.dtype = dtype;
+    c.query_length = 4, c.key_length = 21, c.head_dim = 4;
+    Instance instance(c);
+    instance.query.fill([&](auto...) { return large > 1e39 ? 1e20 : 1.0; });
+    instance.key.fill([&](auto, auto, auto l, auto d) {
+      if (large > 1e39) return d % 2 == 0 ? 1e20 : -1e20;
+      return (d < 2) == (l % 3 == 0) ? large : -large;
+    });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      const Results got = instance.run(candidate, threads(1));
+      CHECK(relative_error(got.out, expected.out) < limit);
+      CHECK(relative_error(got.lse, expected.lse) < limit);
+      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+    });
+  }
+}
+
+TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one") {
+  Case c;
+  c.name = "finfo.min";
+  c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
+  Instance instance(c);
+  auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
+  const auto row = static_cast<std::int64_t>(c.key_length);
+  for (std::int64_t n = 0; n < row; ++n) mask[n] = -std::numeric_limits<float>::max();
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(1));
+    CHECK(relative_error(got.out, expected.out) < 1e-5);
+    CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
+    CHECK(relative_error(got.grad_query, expected.grad_query) < 1e-5);
+  });
+}
+
+TEST_CASE("the additive score keeps its accuracy far from 0") {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const double offset : {0.0, 12.0, 31.0, 40.0, 300.0}) {
+      for (const double amplitude : {0.1, 4.0, 30.0, 1e4}) {
+        Case c;
+        c.name = "offset " + std::to_string(offset) + ", amplitude " + std::to_string(amplitude);
+        c.score = ScoreKind::kAdditive;
+        c.dtype = dtype;
+        c.query_length = 13, c.key_length = 45, c.offset = offset, c.amplitude = amplitude;
+        Instance instance(c);
+        for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+          const Results got = instance.run(candidate, threads(1));
+          const double limit = dtype == DType::kFloat64 ? 1e-12 : 1e-5;
+          CHECK(relative_error(got.out, expected.out) < limit);
+          CHECK(relative_error(got.lse, expected.lse) < limit);
+          CHECK(relative_error(got.grad_query, expected.grad_query) < 3 * limit);
+          CHECK(relative_error(got.grad_key, expected.grad_key) < 3 * limit);
+          CHECK(relative_error(got.grad_weight, expected.grad_weight) < limit);
+        });
+      }
+    }
+  }
+}
