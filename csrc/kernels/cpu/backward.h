@@ -79,7 +79,7 @@ class BackwardKernel {
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastTasks = 4;
-  static constexpr std::int64_t kLeastKeys = 64;  // of such a half
+  static constexpr std::int64_t kLeastKeys = 64;  // of a half of one head's keys
   static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
 
   void plan() {

@@ -18,10 +18,13 @@
 // kBandRows, a register tile's rows at a time, whose scores stay in L1), ALiBi, mask, softmax with
 // running maximum, product with the values by the same register tile. Panels and inner loops are
 // clipped to the keys that a group of rows may see; panels that the mask hides from a group are
-// left out (TileRanges). Keys are packed once per head and shared if many tasks read them, else by
-// the task itself, or read where they are (few_queries.h). Tasks that share a row block merge in a
-// fixed order, so the result does not depend on threads. Bound: FMA (dot product), FMA and division
-// (additive); memory bandwidth with one query.
+// left out (TileRanges).
+//
+// Keys are packed once per head and shared if many tasks read them, else by the task itself, or
+// read where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
+// result does not depend on threads.
+//
+// Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
 // If a result is not finite the block is computed again carefully: scores that overflowed anew in
 // double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
@@ -722,7 +725,7 @@ class ForwardKernel {
 
   static constexpr std::int64_t kWantedTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;
-  static constexpr std::int64_t kManyHeads = 8;           // of which each gives work to a thread
+  static constexpr std::int64_t kManyHeads = 8;           // a block each keeps the threads busy
   static constexpr std::int64_t kMergedElements = 16384;  // by one task
 
   const AttentionForward& call_;

@@ -9,6 +9,17 @@
 using namespace torch_selfattn::kernels;
 using namespace torch_selfattn::kernels::testing;
 
+namespace {
+
+// What follows from the weights of the pairs; the other gradients also from scores at the limit.
+void check_weights(const Results& got, const Results& expected, double limit) {
+  CHECK(relative_error(got.out, expected.out) < limit);
+  CHECK(relative_error(got.lse, expected.lse) < limit);
+  CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+}
+
+}  // namespace
+
 TEST_CASE("scores far from 0, in several blocks of keys") {
   const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
   // The largest scores are about 1e2, 5e4, 3e6, and near the largest number.
@@ -45,9 +56,7 @@ TEST_CASE("scores that overflow give no NaN") {
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       // The sign of a score is exact, so is the set of keys at the limit.
       const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      check_weights(got, expected, limit);
       for (const auto* grad : {&got.grad_query, &got.grad_key}) {
         for (const double x : *grad) CHECK_FALSE(std::isnan(x));
       }
@@ -64,9 +73,7 @@ TEST_CASE("scores that overflow give no NaN") {
     instance.key.fill([](auto...) { return 1e30; });
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      check_weights(got, expected, limit);
     });
   }
   SECTION("all biases of a row overflow") {
@@ -80,9 +87,7 @@ TEST_CASE("scores that overflow give no NaN") {
     slopes[0] = slopes[1] = 1e38F;
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      check_weights(got, expected, limit);
       for (const double x : got.grad_slopes) CHECK_FALSE(std::isnan(x));
     });
   }
@@ -102,9 +107,7 @@ TEST_CASE("scores that overflow give no NaN") {
     });
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       const Results got = instance.run(candidate, threads(1));
-      CHECK(relative_error(got.out, expected.out) < limit);
-      CHECK(relative_error(got.lse, expected.lse) < limit);
-      CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+      check_weights(got, expected, limit);
     });
   }
 }
