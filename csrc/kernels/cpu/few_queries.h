@@ -28,20 +28,6 @@ inline bool has_few_queries(const AttentionProblem& p) {
          p.value.stride[3] == 1;
 }
 
-// Lane l: the sum over all lanes of v[l]. Perfect shuffles, as in transpose().
-template <typename T>
-TSA_INLINE Vec<T> sums_of_lanes(Vec<T> (&v)[kLanes<T>]) {
-#pragma GCC unroll 4
-  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) {
-      interleave(v[i], v[i + n], std::make_integer_sequence<int, kLanes<T>>{});
-      v[i] += v[i + n];
-    }
-  }
-  return v[0];
-}
-
 // scores[kRows][kKeys] of kRows queries and the kKeys = kLanes / kRows keys from `keys`. kTail: the
 // head dim is not a multiple of kLanes.
 template <typename T, DType dtype, int kRows, bool kTail>
@@ -77,7 +63,7 @@ template <typename T, DType dtype, int kRows, bool kTail>
     }
   }
   T total[lanes];
-  store(total, sums_of_lanes<T>(sum));
+  store(total, joined_lanes<T>(sum, [](Vec<T> a, Vec<T> b) { return a + b; }));
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     __builtin_memcpy(scores + r * ld, total + r * kKeys, kKeys * sizeof(T));

@@ -6,6 +6,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/plain_band.h"
 #include "kernels/cpu/score.h"
 #include "kernels/cpu/tile.h"
 
@@ -38,6 +39,7 @@ class ForwardKernel {
   using Operand = typename Score::Operand;
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
+  static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
@@ -96,6 +98,7 @@ class ForwardKernel {
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
     // Scores of a block and its packed keys stay within a part of L2.
+    first_references_ = p_.mask_kind == MaskKind::kNone && p_.slopes == nullptr;
     constexpr std::int64_t most = Operand::kBlockKeys;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
@@ -158,7 +161,11 @@ class ForwardKernel {
       constants = carver.take<T>(Score::constants_size(k.p_.head_dim));
       spare = carver.take<T>(Score::spare_size(k.p_.head_dim, rows));
       queries = carver.take<T>(rows * Score::query_size(k.p_.head_dim));
-      scores = carver.take<T>(rows * k.score_ld_);
+      scores = carver.take<T>(smaller(rows, Operand::kBandRows) * k.score_ld_);
+      if constexpr (kHasPlainBands) {
+        band_scores = carver.take<T>(PlainBand<Score>::scores_size());
+        band_weights = carver.take<T>(PlainBand<Score>::weights_size(k.block_keys_));
+      }
       sums = carver.take<T>(rows * k.width_);
       maximum = carver.take<T>(round_up(rows, kLanes<T>));
       total = carver.take<T>(rows * kLanes<T>);
@@ -172,6 +179,7 @@ class ForwardKernel {
       bytes = carver.used();
     }
     T *constants, *spare, *queries, *scores, *sums, *maximum, *total, *row;
+    T *band_scores = nullptr, *band_weights = nullptr;
     T *panels, *bounds, *values;
     RowRanges* ranges;
     TileRanges<T>* tile;
@@ -223,6 +231,7 @@ class ForwardKernel {
     const ForwardKernel& k;
     int thread;
     std::int64_t b, h0, i0, split;  // from query i0 of head h0
+    bool running_maxima = false;    // else a row's reference is the maximum of its first block
 
     // Row r of the block: as many queries of each head, head by head.
     std::int64_t queries() const { return smaller(k.block_rows_, k.p_.query_length - i0); }
@@ -246,11 +255,16 @@ class ForwardKernel {
         score.load_queries(b, head(r), i0, queries(),
                            buffer.queries + r * Score::query_size(p.head_dim));
       }
+      running_maxima = !k.first_references_;
       attend(buffer, score, rows, Zeros::kMultiply);
-      if (!finish(buffer, score, rows, Zeros::kMultiply)) {
-        attend(buffer, score, rows, Zeros::kSkip);
-        finish(buffer, score, rows, Zeros::kSkip);
+      if (finish(buffer, score, rows, Zeros::kMultiply)) return;
+      if (!running_maxima) {  // scores rose too far above their references, or are not finite
+        running_maxima = true;
+        attend(buffer, score, rows, Zeros::kMultiply);
+        if (finish(buffer, score, rows, Zeros::kMultiply)) return;
       }
+      attend(buffer, score, rows, Zeros::kSkip);
+      finish(buffer, score, rows, Zeros::kSkip);
     }
 
     KeyBlock key_block(const Buffers& buffer, const Score& score, std::int64_t first,
@@ -283,14 +297,55 @@ class ForwardKernel {
       return block;
     }
 
-    // Sums over all keys of the task: buffer.sums, .maximum, .total.
-    void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
-      const AttentionProblem& p = k.p_;
+    // Bands follow each other in the same memory.
+    T* score_row(const Buffers& buffer, std::int64_t r) const {
+      return buffer.scores + r % Operand::kBandRows * k.score_ld_;
+    }
+
+    void clear_sums(Buffers& buffer, std::int64_t rows) const {
       for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
-        store(buffer.maximum + r, splat(-infinity<T>()));
+        store(buffer.maximum + r, first_lanes<T>(splat(-infinity<T>()), rows - r, Vec<T>{}));
       }
       fill_zero(buffer.total, rows * kLanes<T>);
       fill_zero(buffer.sums, rows * k.width_);
+    }
+
+    // As attend() by plain bands, if they can.
+    bool attend_plainly(Buffers& buffer, Score& score, std::int64_t rows) {
+      const AttentionProblem& p = k.p_;
+      if (p.dropout_p > 0.0 || score.needs_pass()) return false;
+      PlainBand<Score> band(score, k.key_size(), buffer.band_scores, buffer.band_weights,
+                            k.block_keys_);
+      const KeyRange all = buffer.ranges->all;
+      std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
+      for (; first < all.end; first += k.block_keys_) {
+        const std::int64_t count = smaller(k.block_keys_, all.end - first);
+        const KeyBlock block = key_block(buffer, score, first, count);
+        if (!score.are_bounded(block.bounds, (count + kPanel<T> - 1) / kPanel<T>)) return false;
+        for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
+          const bool added = band.add(
+              {buffer.queries + r * Score::query_size(p.head_dim),
+               smaller(rows - r, Operand::kBandRows), buffer.ranges->begin + r,
+               buffer.ranges->end + r, buffer.maximum + r, buffer.total + r * kLanes<T>,
+               buffer.sums + r * k.width_, k.width_},
+              {first, count, block.panels, block.values, block.value_ld});
+          if (!added) return false;
+        }
+      }
+      return true;
+    }
+
+    // Sums over all keys of the task: buffer.sums, .maximum, .total.
+    void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
+      clear_sums(buffer, rows);
+      if constexpr (kHasPlainBands) {
+        if (!running_maxima && zeros == Zeros::kMultiply) {
+          if (attend_plainly(buffer, score, rows)) return;
+          running_maxima = true;
+          clear_sums(buffer, rows);
+        }
+      }
       const KeyRange all = buffer.ranges->all;
       // Blocks begin at multiples of a panel, as the shared panels do.
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
@@ -324,7 +379,7 @@ class ForwardKernel {
         for (std::int64_t r = first_row; r < end_row; r += kGroupRows) {
           if (!tile.touches(r / kGroupRows, u)) continue;
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, end_row - r);
-          T* const to = buffer.scores + r * k.score_ld_ + u;
+          T* const to = score_row(buffer, r) + u;
           if constexpr (Score::kInPlace) {
             score.scores(buffer.queries, r, n, block.first + u, to, k.score_ld_);
           } else {
@@ -390,6 +445,15 @@ class ForwardKernel {
       }
     }
 
+    static bool all_have_references(const Buffers& buffer, std::int64_t first_row,
+                                    std::int64_t end_row) {
+      IntVec<T> missing{};
+      for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
+        missing |= load(buffer.maximum + r) == splat(-infinity<T>());
+      }
+      return !any_lane<T>(missing);
+    }
+
     // Scores are finished, and the running maxima of their rows take them in.
     void find_maxima(Buffers& buffer, const Score& score, const KeyBlock& block,
                      std::int64_t first_row, std::int64_t end_row, Zeros zeros) {
@@ -399,6 +463,9 @@ class ForwardKernel {
                            (k.p_.slopes != nullptr || !score.are_bounded(block.bounds, panels));
       const TileRanges<T>& tile = *buffer.tile;
       const bool changes = changes_scores(score, zeros);
+      if (!changes && !repairs && !running_maxima && all_have_references(buffer, first_row, end_row)) {
+        return;
+      }
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
         // Lane by lane for as many rows as there are lanes, then for all at once.
         Vec<T> largest[kLanes<T>];
@@ -407,7 +474,7 @@ class ForwardKernel {
             largest[x] = splat(-infinity<T>());
           } else if (!changes && !repairs) {  // no mask, so no gaps
             Extremes<false> extremes;
-            extremes.add_all(buffer.scores + (r + x) * k.score_ld_ + tile.begin[r + x],
+            extremes.add_all(score_row(buffer, r + x) + tile.begin[r + x],
                              larger<std::int64_t>(tile.end[r + x] - tile.begin[r + x], 0));
             largest[x] = extremes.maximum();
           } else if (repairs) {
@@ -416,12 +483,9 @@ class ForwardKernel {
             largest[x] = row_maximum<false>(buffer, score, block, r + x, zeros);
           }
         }
-        transpose<T>(largest);
-        for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-          for (int x = 0; x < width; ++x) largest[x] = at_least(largest[x], largest[x + width]);
-        }
-        raise_maxima(buffer, r, smaller<std::int64_t>(kLanes<T>, end_row - r), largest[0],
-                     score.scale(changes));
+        const auto larger_one = [](Vec<T> a, Vec<T> b) { return at_least(a, b); };
+        raise_maxima(buffer, r, smaller<std::int64_t>(kLanes<T>, end_row - r),
+                     joined_lanes<T>(largest, larger_one), score.scale(changes));
       }
     }
 
@@ -430,7 +494,7 @@ class ForwardKernel {
     template <bool kRepairs>
     [[gnu::noinline]] Vec<T> row_maximum(Buffers& buffer, const Score& score, const KeyBlock& block,
                                          std::int64_t r, Zeros zeros) const {
-      T* const row = buffer.scores + r * k.score_ld_;
+      T* const row = score_row(buffer, r);
       const bool changes = changes_scores(score, zeros);
       Extremes<kRepairs> extremes;
       for_each_span(*buffer.tile, r, [&](std::int64_t begin, std::int64_t n) {
@@ -469,23 +533,24 @@ class ForwardKernel {
       const bool changes = changes_scores(score, zeros);
       const auto scaled = score.scale(changes);
       for (std::int64_t r = first_row; r < end_row; ++r) {
+        if (r % Operand::kAwakeRows == 0) Operand::stay_awake();
         const std::int64_t g = r / kGroupRows;
         const T maximum = buffer.maximum[r];
         // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
         const Vec<T> shift = scaled(splat(maximum == -infinity<T>() ? T(0) : maximum));
-        const bool subtracts = changes || score.can_subtract(shift[0]);
+        const bool subtracts = changes || score.can_subtract(shift);
         const std::int64_t begin = tile.begin[r];
         const std::int64_t end = smaller(tile.end[r], tile.group_end[g]);
         if (tile.one_span[g] && begin == tile.group_begin[g] && begin < end &&
             packs_at_once(begin) && subtracts) {
-          const Vec<T> sum = packed_weights(buffer.scores + r * k.score_ld_, begin, end,
+          const Vec<T> sum = packed_weights(score_row(buffer, r), begin, end,
                                             tile.group_end[g], scaled, shift);
           T* const total = buffer.total + r * kLanes<T>;
           store(total, load(total) + sum);
         } else {
           if (!subtracts) {
             for_each_span(tile, r, [&](std::int64_t from, std::int64_t n) {
-              score.scale_products(buffer.scores + r * k.score_ld_ + from, n);
+              score.scale_products(score_row(buffer, r) + from, n);
             });
           }
           find_weights_of_row(buffer, block, r, score.scale(changes || !subtracts), shift);
@@ -500,7 +565,7 @@ class ForwardKernel {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
       const std::int64_t g = r / kGroupRows;
-      T* const row = buffer.scores + r * k.score_ld_;
+      T* const row = score_row(buffer, r);
       T* const total = buffer.total + r * kLanes<T>;
       Vec<T> sum = load(total);
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
@@ -581,7 +646,7 @@ class ForwardKernel {
                                Vec<T> shift) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        return exp2<T>(scaled.minus(load(row + j), shift));
+        return exp2_or_infinity<T>(scaled.minus(load(row + j), shift));
       };
       T* words = row + begin / Operand::kPack;
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
@@ -623,7 +688,7 @@ class ForwardKernel {
           const std::int64_t g = r / kGroupRows;
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
             add_weighted_values(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
-                                buffer.scores + r * k.score_ld_ + s.begin, k.score_ld_, values,
+                                score_row(buffer, r) + s.begin, k.score_ld_, values,
                                 block.first + s.begin, s.end - s.begin, buffer.sums + r * k.width_,
                                 k.width_);
           }
@@ -637,7 +702,7 @@ class ForwardKernel {
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
             const std::int64_t begin = Operand::words(s.begin);
             multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
-                                          buffer.scores + r * k.score_ld_ + begin, k.score_ld_,
+                                          score_row(buffer, r) + begin, k.score_ld_,
                                           block.values + begin * block.value_ld + d, block.value_ld,
                                           Operand::words(s.end) - begin,
                                           buffer.sums + r * k.width_ + d, k.width_, columns);
@@ -651,52 +716,62 @@ class ForwardKernel {
       const AttentionProblem& p = k.p_;
       const auto scaled = score.scale(changes_scores(score, zeros));
       Vec<T> check{};  // x - x is NaN if x is not finite
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const T total = sum_lanes<T>(load(buffer.total + r * kLanes<T>));
-        const T maximum = scaled(splat(buffer.maximum[r]))[0];
-        T* const sums = buffer.sums + r * k.width_;
-        const std::int64_t row = (b * p.heads + head(r)) * p.query_length + query(r);
-        check[0] += total == T(0) ? T(0) : (total - total) + (maximum - maximum);
-        if (k.splits_ > 1) {
-          const std::int64_t to = row * k.splits_ + split;
-          k.partial_max_[to] = maximum;
-          k.partial_total_[to] = total;
+      for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
+        const std::int64_t n = smaller<std::int64_t>(kLanes<T>, rows - r);
+        Vec<T> lanes[kLanes<T>];
+        for (std::int64_t x = 0; x < kLanes<T>; ++x) {
+          lanes[x] = x < n ? load(buffer.total + (r + x) * kLanes<T>) : Vec<T>{};
+        }
+        const Vec<T> total = joined_lanes<T>(lanes, [](Vec<T> a, Vec<T> b) { return a + b; });
+        const Vec<T> maximum = scaled(load(buffer.maximum + r));
+        check += total == Vec<T>{} ? Vec<T>{} : (total - total) + (maximum - maximum);
+        const Vec<T> factor = k.splits_ > 1 ? splat(T(1)) : reciprocal_of_total(total);
+        const Vec<T> lse = lse_of(total, maximum);
+        for (int x = 0; x < n; ++x) {
+          T* const sums = buffer.sums + (r + x) * k.width_;
+          Vec<T> row_check{};  // rows would wait for each other
           for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
-            const Vec<T> x = load(sums + d);
-            check += x - x;
-            store(k.partial_sum_ + to * k.width_ + d, x);
+            const Vec<T> sum = load(sums + d) * splat(factor[x]);
+            row_check += sum - sum;
+            store(sums + d, sum);
           }
-          continue;
+          check += row_check;
+          const std::int64_t h = head(r + x);
+          const std::int64_t i = query(r + x);
+          if (k.splits_ > 1) {
+            k.keep_part(((b * p.heads + h) * p.query_length + i) * k.splits_ + split, sums,
+                        maximum[x], total[x]);
+          } else {
+            k.write_row(b, h, i, sums, lse[x]);
+          }
         }
-        const Vec<T> factor = splat(total == T(0) ? T(0) : T(1) / total);
-        Vec<T> row_check{};  // rows would wait for each other
-        for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
-          const Vec<T> x = load(sums + d) * factor;
-          row_check += x - x;
-          store(sums + d, x);
-        }
-        check += row_check;
-        k.write_row(b, head(r), query(r), sums, maximum, total);
       }
       return sum_lanes<T>(check) == T(0);
     }
   };
 
+  static Vec<T> reciprocal_of_total(Vec<T> total) {
+    return total == Vec<T>{} ? Vec<T>{} : splat(T(1)) / total;
+  }
+  static Vec<T> lse_of(Vec<T> total, Vec<T> maximum) {
+    return total == Vec<T>{} ? splat(-infinity<T>()) : log_scaled(total, maximum);
+  }
+
   // The output and lse of row i, from its normalised sums.
-  void write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* out, T maximum,
-                 T total) const {
+  void write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* out, T lse) const {
     const View& view = call_.out;
     store_row(p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
               view.stride[3], p_.value_dim, out);
-    const std::int64_t row = (b * p_.heads + h) * p_.query_length + i;
-    T lse = -infinity<T>();
-    if (total != T(0)) {
-      lse = static_cast<T>(static_cast<double>(maximum) * Math<double>::ln2 + log_of(total));
-    }
-    static_cast<T*>(call_.lse)[row] = lse;
+    static_cast<T*>(call_.lse)[(b * p_.heads + h) * p_.query_length + i] = lse;
   }
-  static double log_of(float x) { return __builtin_logf(x); }
-  static double log_of(double x) { return __builtin_log(x); }
+
+  // What one split has of a row.
+  void keep_part(std::int64_t part, const T* sums, T maximum, T total) const {
+    partial_max_[part] = maximum;
+    partial_total_[part] = total;
+    __builtin_memcpy(partial_sum_ + part * width_, sums,
+                     static_cast<std::size_t>(width_) * sizeof(T));
+  }
 
   // Adds up the splits of one row in their order.
   void merge(std::int64_t row, int thread) {
@@ -717,10 +792,11 @@ class ForwardKernel {
         store(buffer.sums + d, fma(load(from + d), splat(factor), load(buffer.sums + d)));
       }
     }
-    const T factor = total == T(0) ? T(0) : T(1) / total;
+    const T factor = reciprocal_of_total(splat(total))[0];
     for (std::int64_t d = 0; d < width_; ++d) buffer.sums[d] *= factor;
     const std::int64_t pair = row / p_.query_length;
-    write_row(pair / p_.heads, pair % p_.heads, row % p_.query_length, buffer.sums, maximum, total);
+    write_row(pair / p_.heads, pair % p_.heads, row % p_.query_length, buffer.sums,
+              lse_of(splat(total), splat(maximum))[0]);
   }
 
   static constexpr std::int64_t kWantedTasks = 16;
@@ -739,6 +815,7 @@ class ForwardKernel {
   std::int64_t splits_ = 1, split_keys_ = 0;
   bool shared_keys_ = false, own_panels_ = false;
   bool copy_values_ = false;
+  bool first_references_ = false;  // see above
 
   T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]
   T* key_bounds_ = nullptr;     // [b][packed head][panel]

@@ -67,6 +67,19 @@ TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
   return v;
 #endif
 }
+TSA_INLINE void narrow_bfloat16s(VecF v, std::uint16_t* to) {
+#if defined(__AVX512F__)
+  const auto bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i narrow = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(narrow));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow_bfloat16(v[lane]);
+#endif
+}
 TSA_INLINE void narrow_float16s(VecF v, std::uint16_t* to) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, 0));
@@ -131,6 +144,11 @@ inline void store_elements(void* data, std::int64_t offset, std::int64_t stride,
     if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
       for (; d + kLanes<T> <= n; d += kLanes<T>) narrow_float16s(load(from + d), to + d);
     }
+#if defined(__AVX512F__)
+    if constexpr (dtype == DType::kBFloat16 && sizeof(T) == 4) {
+      for (; d + kLanes<T> <= n; d += kLanes<T>) narrow_bfloat16s(load(from + d), to + d);
+    }
+#endif
     for (; d < n; ++d) to[d] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
   } else {
     for (std::int64_t d = 0; d < n; ++d) {

@@ -61,7 +61,7 @@ inline void load_weight(const AttentionProblem& p, std::int64_t b, std::int64_t 
 template <typename T>
 struct FinishedScores {
   bool needs_pass() const { return false; }
-  bool can_subtract(T /*shift*/) const { return true; }
+  bool can_subtract(Vec<T> /*shift*/) const { return true; }
   void scale_products(T* /*products*/, std::int64_t /*n*/) const {}
   // For what has not been through scale_products, or has.
   Unchanged<T> scale(bool /*done*/) const { return {}; }
@@ -74,7 +74,9 @@ struct UnfinishedScores {
   // Whether product * factor - shift may be rounded once, where the shift is the largest such
   // product, rounded: by up to half a unit of its last place, 2^-9 here, that one is not 0, and its
   // weight not 1. The row's sum has the same factor; but far beyond, 2^x would overflow.
-  bool can_subtract(T shift) const { return shift > T(-65536) && shift < T(65536); }
+  bool can_subtract(Vec<T> shift) const {
+    return !any_lane<T>(absolute(shift) >= splat(T(65536)));
+  }
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
       store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);

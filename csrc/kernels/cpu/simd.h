@@ -326,4 +326,18 @@ TSA_INLINE void transpose(Vec<T> (&row)[kLanes<T>]) {
   }
 }
 
+// Lane l: all lanes of v[l], joined in pairs by join(a, b). Half the shuffles of transpose().
+template <typename T, typename Join>
+TSA_INLINE Vec<T> joined_lanes(Vec<T> (&v)[kLanes<T>], const Join& join) {
+#pragma GCC unroll 4
+  for (int n = kLanes<T> / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      interleave(v[i], v[i + n], std::make_integer_sequence<int, kLanes<T>>{});
+      v[i] = join(v[i], v[i + n]);
+    }
+  }
+  return v[0];
+}
+
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

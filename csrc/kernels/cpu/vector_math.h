@@ -13,6 +13,7 @@ struct MathConstants<float> {
   static constexpr float ln2 = 0.693147180559945309417f;
   static constexpr float round_bias = 0x1.8p23f;  // x + round_bias - round_bias rounds x
   static constexpr float min_exponent = -127.f;   // 2^-127 is computed as 0
+  static constexpr float infinite_exponent = 128.f;
   static constexpr int mantissa_bits = 23;
   // Bound of |q|, |k| up to which e^(2q) e^(2k) is a good representation of e^(2(q + k)).
   static constexpr float max_exponent_argument = 32.f;
@@ -27,6 +28,7 @@ struct MathConstants<double> {
   static constexpr double ln2 = 0.693147180559945309417;
   static constexpr double round_bias = 0x1.8p52;
   static constexpr double min_exponent = -1023.0;
+  static constexpr double infinite_exponent = 1024.0;
   static constexpr int mantissa_bits = 52;
   static constexpr double max_exponent_argument = 32.0;
   static constexpr double cap = 1e70;
@@ -112,6 +114,15 @@ TSA_INLINE Vec<T> exp2(Vec<T> x) {
   return scale_by_power<T>(exp2_fraction(r), rounded);
 }
 
+// The same for any x: infinity beyond 128 (float).
+template <typename T>
+TSA_INLINE Vec<T> exp2_or_infinity(Vec<T> x) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) return exp2<T>(x);  // scalef overflows by itself
+#endif
+  return exp2<T>(at_most(splat(Math<T>::infinite_exponent), x));
+}
+
 // e^(2x) to about 1 ulp, x limited to +-43 (float) or +-340 (double): 2^n e^(2r) with
 // r = x - n ln(2)/2, where ln(2)/2 = high + low and n * high is exact, with or without FMA.
 template <typename T>
@@ -128,6 +139,28 @@ TSA_INLINE VecF exp_2x(VecF x) {
 }
 TSA_INLINE VecD exp_2x(VecD x) {
   return exp_2x<double>(x, 340.0, 0x1.62e42fefa2000p-2, 3.6855012825838994e-13);
+}
+
+// log(2^exponent x) for normal x > 0, to about 1 ulp of the larger of 1 and the result: x is
+// 2^n m, 1/sqrt(2) <= m < sqrt(2), and log m is 2 artanh s, s = (m - 1) / (m + 1), by its series.
+TSA_INLINE VecF log_scaled(VecF x, VecF exponent) {
+  const auto bits = (IntVec<float>)x;
+  const IntVec<float> n = (bits - 0x3f3504f3) >> 23;
+  const auto m = (VecF)(bits - (n << 23));
+  const VecF s = (m - splat(1.f)) / (m + splat(1.f));
+  const VecF z = s * s;
+  VecF p = fma(splat(2.f / 9.f), z, splat(2.f / 7.f));
+  p = fma(p, z, splat(2.f / 5.f));
+  p = fma(p, z, splat(2.f / 3.f));
+  const VecF log_m = fma(s * z, p, s + s);
+  return fma(exponent + __builtin_convertvector(n, VecF), splat(Math<float>::ln2), log_m);
+}
+TSA_INLINE VecD log_scaled(VecD x, VecD exponent) {
+  VecD result{};
+  for (int lane = 0; lane < kLanes<double>; ++lane) {
+    result[lane] = exponent[lane] * Math<double>::ln2 + __builtin_log(x[lane]);
+  }
+  return result;
 }
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -1,0 +1,235 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/tile.h"
+
+// Attention of a register tile's rows where nothing stands between the product and the softmax: no
+// mask, no ALiBi, no dropout. Two panels of keys at a time become scores and then weights, while
+// the scores are in L1; the values follow when the weights of a block of keys are complete.
+//
+// The weights of a row are relative to a reference that stays: its largest score in the first two
+// panels of which it sees a key. After these no maximum is looked for. Should later scores rise so
+// far above it that a weight overflows, the sums are not finite, and the caller has the rows
+// computed again, by running maxima.
+//
+// So few keys at a time, since 32 rows of 256 scores and what they are made of are more than L1
+// holds; and in the time of 64 keys the tile unit does not fall asleep (amx_tiles.h).
+// Bound: 2^x, two thirds of the time at 64 elements; at 128 loading keys and values from L2.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <typename Score>
+class PlainBand {
+ public:
+  using Operand = typename Score::Operand;
+  using T = typename Operand::Scalar;
+  static constexpr int kRows = Operand::kTileRows;
+
+  static std::int64_t scores_size() { return kRows * kScoreStride; }
+  static std::int64_t weights_size(std::int64_t block_keys) {
+    return kRows * weights_stride(block_keys);
+  }
+
+  struct Queries {
+    const T* packed;
+    std::int64_t rows;                       // up to kRows
+    const std::int64_t *begin, *end;         // of the keys that each sees
+    T *references;                           // -inf: has seen no key
+    T *totals;                               // [rows][kLanes], lanes of the sum of the weights
+    T *sums;                                 // [rows][width], of the weighted values
+    std::int64_t width;
+  };
+  struct Keys {
+    std::int64_t first, count;
+    const T* panels;
+    const T* values;  // packed across rows
+    std::int64_t value_ld;
+  };
+
+  // To work in: scores[scores_size()] and weights[weights_size()].
+  PlainBand(Score& score, std::int64_t key_size, T* scores, T* weights, std::int64_t block_keys)
+      : score_(score),
+        key_size_(key_size),
+        scores_(scores),
+        weights_(weights),
+        weights_stride_(weights_stride(block_keys)) {}
+
+  // Adds a block of keys to references, totals and sums. False: scores are too large for this way.
+  bool add(const Queries& q, const Keys& keys) {
+    find_ranges(q, keys);
+    if (some_.begin >= some_.end) return true;
+    const std::int64_t begin = some_.begin / kPanel<T> * kPanel<T>;
+    const std::int64_t end = round_up(some_.end, Operand::kStep);
+    bool all_have_references = find_shifts(q);
+    for (std::int64_t u = begin; u < end; u += kAtOnce) {
+      const int n = end - u < kAtOnce ? kPanel<T> : kAtOnce;
+      for (int x = 0; x < n; x += kPanel<T>) {
+        score_.scores(q.packed, 0, q.rows, keys.panels + (u + x) * key_size_, T(0),
+                      keys.first + u + x, scores_ + x, kScoreStride);
+      }
+      const bool all_see_all = all_.begin <= u && u + n <= all_.end;
+      if (!all_have_references) {
+        find_references(q, keys.first + u, n, all_see_all);
+        all_have_references = find_shifts(q);
+      }
+      if (!can_subtract_) return false;
+      find_weights(q, keys.first, u, n, all_see_all);
+    }
+    const std::int64_t from = Operand::words(begin);
+    for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
+      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights_ + from, weights_stride_,
+                                    keys.values + from * keys.value_ld + d, keys.value_ld,
+                                    Operand::words(end) - from, q.sums + d, q.width,
+                                    smaller<std::int64_t>(kStrip<T>, q.width - d));
+    }
+    return true;
+  }
+
+ private:
+  static_assert(Operand::kPack == 2 && Operand::kStep == kPanel<T>);
+  static constexpr int kAtOnce = 2 * kPanel<T>;
+  // Rows would else begin in the same few sets of L1.
+  static constexpr std::int64_t kScoreStride = kAtOnce + kLanes<T>;
+  static std::int64_t weights_stride(std::int64_t block_keys) {
+    return Operand::words(block_keys) + kLanes<T>;
+  }
+
+  // Keys of the block, from its first, that some row sees, and those that all do.
+  void find_ranges(const Queries& q, const Keys& keys) {
+    some_ = {keys.count, 0};
+    all_ = {0, keys.count};
+    for (std::int64_t r = 0; r < q.rows; ++r) {
+      const KeyRange row = {larger<std::int64_t>(q.begin[r] - keys.first, 0),
+                            smaller(q.end[r] - keys.first, keys.count)};
+      all_ = {larger(all_.begin, row.begin), smaller(all_.end, row.end)};
+      if (row.begin >= row.end) continue;
+      some_ = {smaller(some_.begin, row.begin), larger(some_.end, row.end)};
+    }
+  }
+
+  // What is subtracted from scaled scores; whether every row has a reference.
+  bool find_shifts(const Queries& q) {
+    const auto scaled = score_.scale(false);
+    bool all = true;
+    can_subtract_ = true;
+    for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
+      const Vec<T> reference = load(q.references + r);
+      const IntVec<T> missing = reference == splat(-infinity<T>());
+      const Vec<T> shift = scaled(missing ? Vec<T>{} : reference);
+      store(shifts_ + r, shift);
+      all = all && !any_lane<T>(missing);
+      can_subtract_ = can_subtract_ && score_.can_subtract(shift);
+    }
+    return all;
+  }
+
+  // Which of the keys [u, u + kAtOnce) of the block a row sees.
+  struct Seen {
+    Vec<T> begin, end;
+
+    Seen(const Queries& q, std::int64_t r, std::int64_t first)
+        : begin(splat(place(q.begin[r] - first))), end(splat(place(q.end[r] - first))) {}
+    // v where lane l stands for a key that is seen, key j + l; `other` elsewhere.
+    TSA_INLINE Vec<T> select(int j, Vec<T> v, Vec<T> other) const {
+      const Vec<T> key = lane_numbers<T>() + splat(static_cast<T>(j));
+      return (key >= begin) & (key < end) ? v : other;
+    }
+    static T place(std::int64_t key) {  // in T it is exact
+      return static_cast<T>(smaller<std::int64_t>(larger<std::int64_t>(key, 0), kAtOnce));
+    }
+  };
+
+  // Of rows that have none and see any of the n keys from `first`, whose scores are there.
+  [[gnu::noinline]] void find_references(const Queries& q, std::int64_t first, int n,
+                                         bool all_see_all) {
+    for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
+      Vec<T> largest[kLanes<T>];
+      for (std::int64_t x = 0; x < kLanes<T>; ++x) {
+        largest[x] = splat(-infinity<T>());
+        if (r + x >= q.rows) continue;
+        const T* const scores = scores_ + (r + x) * kScoreStride;
+        if (all_see_all) {
+          for (int j = 0; j < n; j += kLanes<T>) largest[x] = at_least(load(scores + j), largest[x]);
+        } else {
+          const Seen seen(q, r + x, first);
+          for (int j = 0; j < n; j += kLanes<T>) {
+            largest[x] = at_least(seen.select(j, load(scores + j), largest[x]), largest[x]);
+          }
+        }
+      }
+      const Vec<T> found =
+          joined_lanes<T>(largest, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
+      const Vec<T> before = load(q.references + r);
+      store(q.references + r, before == splat(-infinity<T>()) ? found : before);
+    }
+  }
+
+  void find_weights(const Queries& q, std::int64_t first, std::int64_t u, int n, bool all_see_all) {
+    if (all_see_all) {
+      n == kAtOnce ? weights_of_all<kAtOnce>(q, u) : weights_of_all<kPanel<T>>(q, u);
+    } else {
+      n == kAtOnce ? weights_of_some<kAtOnce>(q, first, u)
+                   : weights_of_some<kPanel<T>>(q, first, u);
+    }
+  }
+
+  // Weights of kKeys keys from u, all of which every row sees.
+  template <int kKeys>
+  void weights_of_all(const Queries& q, std::int64_t u) {
+    const auto scaled = score_.scale(false);
+    const T* scores = scores_;
+    T* words = weights_ + Operand::words(u);
+    T* total = q.totals;
+    for (std::int64_t r = 0; r < q.rows; ++r) {
+      const Vec<T> shift = splat(shifts_[r]);
+      Vec<T> sum = load(total);
+#pragma GCC unroll 4
+      for (int j = 0; j < kKeys; j += kPanel<T>) {
+        const Vec<T> p0 = exp2_or_infinity<T>(scaled.minus(load(scores + j), shift));
+        const Vec<T> p1 = exp2_or_infinity<T>(scaled.minus(load(scores + j + kLanes<T>), shift));
+        store(words + j / Operand::kPack, Operand::round_along(p0, p1));
+        sum += p0 + p1;
+      }
+      store(total, sum);
+      scores += kScoreStride, words += weights_stride_, total += kLanes<T>;
+    }
+  }
+
+  // The same of keys that some rows do not see: their weights are 0.
+  template <int kKeys>
+  void weights_of_some(const Queries& q, std::int64_t first, std::int64_t u) {
+    const auto scaled = score_.scale(false);
+    const T* scores = scores_;
+    T* words = weights_ + Operand::words(u);
+    T* total = q.totals;
+    for (std::int64_t r = 0; r < q.rows; ++r) {
+      const Seen seen(q, r, first + u);
+      const Vec<T> shift = splat(shifts_[r]);
+      Vec<T> sum = load(total);
+#pragma GCC unroll 4
+      for (int j = 0; j < kKeys; j += kPanel<T>) {
+        const auto weights = [&](int x) __attribute__((always_inline)) {
+          const Vec<T> p = exp2_or_infinity<T>(scaled.minus(load(scores + x), shift));
+          return seen.select(x, p, Vec<T>{});
+        };
+        const Vec<T> p0 = weights(j);
+        const Vec<T> p1 = weights(j + kLanes<T>);
+        store(words + j / Operand::kPack, Operand::round_along(p0, p1));
+        sum += p0 + p1;
+      }
+      store(total, sum);
+      scores += kScoreStride, words += weights_stride_, total += kLanes<T>;
+    }
+  }
+
+  Score& score_;
+  std::int64_t key_size_;
+  T *scores_, *weights_;
+  std::int64_t weights_stride_;
+  KeyRange some_ = {0, 0}, all_ = {0, 0};
+  T shifts_[kRows];
+  bool can_subtract_ = true;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
