@@ -323,12 +323,12 @@ class ForwardKernel {
         const KeyBlock block = key_block(buffer, score, first, count);
         if (!score.are_bounded(block.bounds, (count + kPanel<T> - 1) / kPanel<T>)) return false;
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
-          const bool added = band.add(
-              {buffer.queries + r * Score::query_size(p.head_dim),
-               smaller(rows - r, Operand::kBandRows), buffer.ranges->begin + r,
-               buffer.ranges->end + r, buffer.maximum + r, buffer.total + r * kLanes<T>,
-               buffer.sums + r * k.width_, k.width_},
-              {first, count, block.panels, block.values, block.value_ld});
+          const bool added =
+              band.add({buffer.queries + r * Score::query_size(p.head_dim),
+                        smaller(rows - r, Operand::kBandRows), buffer.ranges->begin + r,
+                        buffer.ranges->end + r, buffer.maximum + r, buffer.total + r * kLanes<T>,
+                        buffer.sums + r * k.width_, k.width_},
+                       {first, count, block.panels, block.values, block.value_ld});
           if (!added) return false;
         }
       }
@@ -463,7 +463,8 @@ class ForwardKernel {
                            (k.p_.slopes != nullptr || !score.are_bounded(block.bounds, panels));
       const TileRanges<T>& tile = *buffer.tile;
       const bool changes = changes_scores(score, zeros);
-      if (!changes && !repairs && !running_maxima && all_have_references(buffer, first_row, end_row)) {
+      if (!changes && !repairs && !running_maxima &&
+          all_have_references(buffer, first_row, end_row)) {
         return;
       }
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
@@ -543,8 +544,8 @@ class ForwardKernel {
         const std::int64_t end = smaller(tile.end[r], tile.group_end[g]);
         if (tile.one_span[g] && begin == tile.group_begin[g] && begin < end &&
             packs_at_once(begin) && subtracts) {
-          const Vec<T> sum = packed_weights(score_row(buffer, r), begin, end,
-                                            tile.group_end[g], scaled, shift);
+          const Vec<T> sum =
+              packed_weights(score_row(buffer, r), begin, end, tile.group_end[g], scaled, shift);
           T* const total = buffer.total + r * kLanes<T>;
           store(total, load(total) + sum);
         } else {
@@ -701,11 +702,10 @@ class ForwardKernel {
           const std::int64_t g = r / kGroupRows;
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
             const std::int64_t begin = Operand::words(s.begin);
-            multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
-                                          score_row(buffer, r) + begin, k.score_ld_,
-                                          block.values + begin * block.value_ld + d, block.value_ld,
-                                          Operand::words(s.end) - begin,
-                                          buffer.sums + r * k.width_ + d, k.width_, columns);
+            multiply<Operand, true, true>(
+                zeros, smaller<std::int64_t>(kGroupRows, end_row - r), score_row(buffer, r) + begin,
+                k.score_ld_, block.values + begin * block.value_ld + d, block.value_ld,
+                Operand::words(s.end) - begin, buffer.sums + r * k.width_ + d, k.width_, columns);
           }
         }
       }
@@ -715,7 +715,7 @@ class ForwardKernel {
     bool finish(Buffers& buffer, const Score& score, std::int64_t rows, Zeros zeros) {
       const AttentionProblem& p = k.p_;
       const auto scaled = score.scale(changes_scores(score, zeros));
-      Vec<T> check{};  // x - x is NaN if x is not finite
+      Vec<T> check{};
       for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
         const std::int64_t n = smaller<std::int64_t>(kLanes<T>, rows - r);
         Vec<T> lanes[kLanes<T>];
@@ -724,25 +724,19 @@ class ForwardKernel {
         }
         const Vec<T> total = joined_lanes<T>(lanes, [](Vec<T> a, Vec<T> b) { return a + b; });
         const Vec<T> maximum = scaled(load(buffer.maximum + r));
+        // x - x is NaN if x is not finite
         check += total == Vec<T>{} ? Vec<T>{} : (total - total) + (maximum - maximum);
-        const Vec<T> factor = k.splits_ > 1 ? splat(T(1)) : reciprocal_of_total(total);
+        const Vec<T> factor = reciprocal_of_total(total);
         const Vec<T> lse = lse_of(total, maximum);
         for (int x = 0; x < n; ++x) {
           T* const sums = buffer.sums + (r + x) * k.width_;
-          Vec<T> row_check{};  // rows would wait for each other
-          for (std::int64_t d = 0; d < k.width_; d += kLanes<T>) {
-            const Vec<T> sum = load(sums + d) * splat(factor[x]);
-            row_check += sum - sum;
-            store(sums + d, sum);
-          }
-          check += row_check;
           const std::int64_t h = head(r + x);
           const std::int64_t i = query(r + x);
           if (k.splits_ > 1) {
-            k.keep_part(((b * p.heads + h) * p.query_length + i) * k.splits_ + split, sums,
-                        maximum[x], total[x]);
+            check += k.keep_part(((b * p.heads + h) * p.query_length + i) * k.splits_ + split, sums,
+                                 maximum[x], total[x]);
           } else {
-            k.write_row(b, h, i, sums, lse[x]);
+            check += k.write_row(b, h, i, sums, factor[x], lse[x]);
           }
         }
       }
@@ -757,20 +751,21 @@ class ForwardKernel {
     return total == Vec<T>{} ? splat(-infinity<T>()) : log_scaled(total, maximum);
   }
 
-  // The output and lse of row i, from its normalised sums.
-  void write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* out, T lse) const {
+  // The output and lse of row i. The result is 0 if the output is finite.
+  Vec<T> write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* sums, T factor,
+                   T lse) const {
     const View& view = call_.out;
-    store_row(p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
-              view.stride[3], p_.value_dim, out);
     static_cast<T*>(call_.lse)[(b * p_.heads + h) * p_.query_length + i] = lse;
+    return store_scaled_row(p_.dtype, view.data,
+                            b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
+                            view.stride[3], p_.value_dim, sums, factor);
   }
 
-  // What one split has of a row.
-  void keep_part(std::int64_t part, const T* sums, T maximum, T total) const {
+  // What one split has of a row. The result is as above.
+  Vec<T> keep_part(std::int64_t part, const T* sums, T maximum, T total) const {
     partial_max_[part] = maximum;
     partial_total_[part] = total;
-    __builtin_memcpy(partial_sum_ + part * width_, sums,
-                     static_cast<std::size_t>(width_) * sizeof(T));
+    return store_scaled_row(dtype_of<T>(), partial_sum_, part * width_, 1, width_, sums, T(1));
   }
 
   // Adds up the splits of one row in their order.
@@ -792,11 +787,9 @@ class ForwardKernel {
         store(buffer.sums + d, fma(load(from + d), splat(factor), load(buffer.sums + d)));
       }
     }
-    const T factor = reciprocal_of_total(splat(total))[0];
-    for (std::int64_t d = 0; d < width_; ++d) buffer.sums[d] *= factor;
     const std::int64_t pair = row / p_.query_length;
     write_row(pair / p_.heads, pair % p_.heads, row % p_.query_length, buffer.sums,
-              lse_of(splat(total), splat(maximum))[0]);
+              reciprocal_of_total(splat(total))[0], lse_of(splat(total), splat(maximum))[0]);
   }
 
   static constexpr std::int64_t kWantedTasks = 16;

@@ -33,11 +33,11 @@ class PlainBand {
 
   struct Queries {
     const T* packed;
-    std::int64_t rows;                       // up to kRows
-    const std::int64_t *begin, *end;         // of the keys that each sees
-    T *references;                           // -inf: has seen no key
-    T *totals;                               // [rows][kLanes], lanes of the sum of the weights
-    T *sums;                                 // [rows][width], of the weighted values
+    std::int64_t rows;                // up to kRows
+    const std::int64_t *begin, *end;  // of the keys that each sees
+    T* references;                    // -inf: has seen no key
+    T* totals;                        // [rows][kLanes], lanes of the sum of the weights
+    T* sums;                          // [rows][width], of the weighted values
     std::int64_t width;
   };
   struct Keys {
@@ -150,7 +150,8 @@ class PlainBand {
         if (r + x >= q.rows) continue;
         const T* const scores = scores_ + (r + x) * kScoreStride;
         if (all_see_all) {
-          for (int j = 0; j < n; j += kLanes<T>) largest[x] = at_least(load(scores + j), largest[x]);
+          for (int j = 0; j < n; j += kLanes<T>)
+            largest[x] = at_least(load(scores + j), largest[x]);
         } else {
           const Seen seen(q, r + x, first);
           for (int j = 0; j < n; j += kLanes<T>) {

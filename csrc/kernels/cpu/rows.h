@@ -233,6 +233,58 @@ template <typename T>
   }
 }
 
+// kLanes<T> elements.
+template <typename T, DType dtype>
+TSA_INLINE void store_narrowed(typename Storage<dtype>::type* to, Vec<T> v) {
+  if constexpr (sizeof(typename Storage<dtype>::type) == sizeof(T)) {
+    store(to, v);
+  } else if constexpr (dtype == DType::kBFloat16 && sizeof(T) == 4) {
+    narrow_bfloat16s(v, to);
+  } else if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
+    narrow_float16s(v, to);
+  } else {
+    T elements[kLanes<T>];
+    store(elements, v);
+    store_elements<T, dtype>(to, 0, 1, kLanes<T>, elements);
+  }
+}
+template <typename T, DType dtype>
+inline Vec<T> store_scaled_elements(void* data, std::int64_t offset, std::int64_t stride,
+                                    std::int64_t n, const T* from, T factor) {
+  auto* const to = static_cast<typename Storage<dtype>::type*>(data) + offset;
+  Vec<T> check{};
+  for (std::int64_t d = 0; d < n; d += kLanes<T>) {
+    const Vec<T> x = load(from + d) * splat(factor);
+    check += x - x;
+    if (stride == 1 && d + kLanes<T> <= n) {
+      store_narrowed<T, dtype>(to + d, x);
+    } else {
+      T elements[kLanes<T>];
+      store(elements, x);
+      store_elements<T, dtype>(to, d * stride, stride, smaller<std::int64_t>(kLanes<T>, n - d),
+                               elements);
+    }
+  }
+  return check;
+}
+// data[offset + d * stride] = factor * from[d], which has whole vectors. The result is NaN in some
+// lane if a product is not finite, else 0.
+template <typename T>
+[[gnu::noinline]] Vec<T> store_scaled_row(DType dtype, void* data, std::int64_t offset,
+                                          std::int64_t stride, std::int64_t n, const T* from,
+                                          T factor) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return store_scaled_elements<T, DType::kFloat64>(data, offset, stride, n, from, factor);
+    case DType::kFloat32:
+      return store_scaled_elements<T, DType::kFloat32>(data, offset, stride, n, from, factor);
+    case DType::kFloat16:
+      return store_scaled_elements<T, DType::kFloat16>(data, offset, stride, n, from, factor);
+    default: break;
+  }
+  return store_scaled_elements<T, DType::kBFloat16>(data, offset, stride, n, from, factor);
+}
+
 // As size_of, which the compiler could leave out of line.
 TSA_INLINE std::int64_t element_size(DType dtype) {
   if (dtype == DType::kFloat64) return 8;

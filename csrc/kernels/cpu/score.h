@@ -74,9 +74,7 @@ struct UnfinishedScores {
   // Whether product * factor - shift may be rounded once, where the shift is the largest such
   // product, rounded: by up to half a unit of its last place, 2^-9 here, that one is not 0, and its
   // weight not 1. The row's sum has the same factor; but far beyond, 2^x would overflow.
-  bool can_subtract(Vec<T> shift) const {
-    return !any_lane<T>(absolute(shift) >= splat(T(65536)));
-  }
+  bool can_subtract(Vec<T> shift) const { return !any_lane<T>(absolute(shift) >= splat(T(65536))); }
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
       store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);

@@ -141,7 +141,7 @@ TSA_INLINE VecD exp_2x(VecD x) {
   return exp_2x<double>(x, 340.0, 0x1.62e42fefa2000p-2, 3.6855012825838994e-13);
 }
 
-// log(2^exponent x) for normal x > 0, to about 1 ulp of the larger of 1 and the result: x is
+// log(2^exponent x) for normal x > 0 or NaN, to about 1 ulp of the larger of 1 and the result: x is
 // 2^n m, 1/sqrt(2) <= m < sqrt(2), and log m is 2 artanh s, s = (m - 1) / (m + 1), by its series.
 TSA_INLINE VecF log_scaled(VecF x, VecF exponent) {
   const auto bits = (IntVec<float>)x;
@@ -152,7 +152,7 @@ TSA_INLINE VecF log_scaled(VecF x, VecF exponent) {
   VecF p = fma(splat(2.f / 9.f), z, splat(2.f / 7.f));
   p = fma(p, z, splat(2.f / 5.f));
   p = fma(p, z, splat(2.f / 3.f));
-  const VecF log_m = fma(s * z, p, s + s);
+  const VecF log_m = fma(s * z, p, s + s) + (x - x);  // NaN stays NaN
   return fma(exponent + __builtin_convertvector(n, VecF), splat(Math<float>::ln2), log_m);
 }
 TSA_INLINE VecD log_scaled(VecD x, VecD exponent) {

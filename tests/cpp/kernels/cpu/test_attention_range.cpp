@@ -1,5 +1,7 @@
 // Every implementation by its name against the reference, where scores are large or overflow.
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <string>
 
@@ -39,6 +41,61 @@ TEST_CASE("scores far from 0, in several blocks of keys") {
     const Results got = instance.run(candidate, threads(2));
     CHECK(relative_error(got.out, expected.out) < tolerance(dtype));
     CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+  });
+}
+
+TEST_CASE("scores that rise far above those of the first keys") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16, DType::kFloat64);
+  const double largest_exponent = dtype == DType::kFloat64 ? 1024.0 : 128.0;
+  // Relative to the first keys the weight of the later ones is a number, at the edge, or none; the
+  // sums of large values overflow before the weights do.
+  const double rise = GENERATE(0.5, 0.99, 1.0, 1.01, 1.6, 50.0);
+  const double size_of_values = GENERATE(1.0, 1e30);
+  Case c;
+  c.name = "rising scores";
+  c.dtype = dtype;
+  c.batch = 1, c.query_length = 40, c.key_length = 700, c.head_dim = 32;
+  c.scale = 1.0;
+  if (GENERATE(false, true)) c.window_left = 100, c.query_offset = 290;
+  Instance instance(c);
+  const std::int64_t first = GENERATE(40, 340, 699);  // in the first block of keys, or beyond
+  instance.query.fill([&](auto, auto, auto, auto d) { return d == 0 ? 1.0 : 0.0; });
+  instance.key.fill([&](auto, auto, auto l, auto d) {
+    if (d > 0) return 0.0;
+    return l < first ? 0.125 * static_cast<double>(l % 8)
+                     : rise * largest_exponent * std::log(2.0) + static_cast<double>(l % 3);
+  });
+  instance.value.fill([&](auto, auto, auto l, auto d) {
+    return size_of_values * std::sin(static_cast<double>(7 * l + d));
+  });
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(2));
+    // A score's rounding is an error of its weight.
+    const double epsilon = dtype == DType::kFloat64 ? 2.3e-16 : 1.2e-7;
+    CHECK(relative_error(got.out, expected.out) <
+          tolerance(dtype) + epsilon * rise * largest_exponent);
+    CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+  });
+}
+
+TEST_CASE("the log-sum-exp of a few and of many keys") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16, DType::kFloat64);
+  Case c;
+  c.dtype = dtype;
+  c.batch = 1, c.query_length = 33, c.head_dim = 8;
+  c.key_length = GENERATE(1, 2, 3, 30, 65, 700, 3000);
+  c.amplitude = GENERATE(0.01, 1.0, 4.0);
+  c.name = "lse of " + std::to_string(c.key_length) + ", " + std::to_string(c.amplitude);
+  Instance instance(c);
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(1));
+    double largest = 1.0;
+    double error = 0.0;
+    for (std::size_t row = 0; row < expected.lse.size(); ++row) {
+      largest = std::max(largest, std::abs(expected.lse[row]));
+      error = std::max(error, std::abs(got.lse[row] - expected.lse[row]));
+    }
+    CHECK(error <= 4 * (dtype == DType::kFloat64 ? 2.3e-16 : 1.2e-7) * largest);
   });
 }
 
