@@ -748,7 +748,7 @@ class ForwardKernel {
     return total == Vec<T>{} ? Vec<T>{} : splat(T(1)) / total;
   }
   static Vec<T> lse_of(Vec<T> total, Vec<T> maximum) {
-    return total == Vec<T>{} ? splat(-infinity<T>()) : log_scaled(total, maximum);
+    return total == Vec<T>{} ? splat(-infinity<T>()) : log_scaled<T>(total, maximum);
   }
 
   // The output and lse of row i. The result is 0 if the output is finite.

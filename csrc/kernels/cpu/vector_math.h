@@ -141,24 +141,34 @@ TSA_INLINE VecD exp_2x(VecD x) {
   return exp_2x<double>(x, 340.0, 0x1.62e42fefa2000p-2, 3.6855012825838994e-13);
 }
 
-// log(2^exponent x) for normal x > 0 or NaN, to about 1 ulp of the larger of 1 and the result: x is
-// 2^n m, 1/sqrt(2) <= m < sqrt(2), and log m is 2 artanh s, s = (m - 1) / (m + 1), by its series.
-TSA_INLINE VecF log_scaled(VecF x, VecF exponent) {
-  const auto bits = (IntVec<float>)x;
-  const IntVec<float> n = (bits - 0x3f3504f3) >> 23;
-  const auto m = (VecF)(bits - (n << 23));
-  const VecF s = (m - splat(1.f)) / (m + splat(1.f));
-  const VecF z = s * s;
-  VecF p = fma(splat(2.f / 9.f), z, splat(2.f / 7.f));
-  p = fma(p, z, splat(2.f / 5.f));
-  p = fma(p, z, splat(2.f / 3.f));
-  const VecF log_m = fma(s * z, p, s + s) + (x - x);  // NaN stays NaN
-  return fma(exponent + __builtin_convertvector(n, VecF), splat(Math<float>::ln2), log_m);
-}
-TSA_INLINE VecD log_scaled(VecD x, VecD exponent) {
-  VecD result{};
-  for (int lane = 0; lane < kLanes<double>; ++lane) {
-    result[lane] = exponent[lane] * Math<double>::ln2 + __builtin_log(x[lane]);
+TSA_INLINE float log_of(float x) { return __builtin_logf(x); }
+TSA_INLINE double log_of(double x) { return __builtin_log(x); }
+
+// log(2^exponent x) for normal x > 0 or NaN, to about 1 ulp of the larger of log x and the result.
+template <typename T>
+TSA_INLINE Vec<T> log_scaled(Vec<T> x, Vec<T> exponent) {
+#if defined(__FMA__)
+  if constexpr (sizeof(T) == 4) {
+    // x is 2^n m, 1/sqrt(2) <= m < sqrt(2), and log m is 2 artanh s, s = (m - 1) / (m + 1), by its
+    // series.
+    const auto bits = (IntVec<float>)x;
+    const IntVec<float> n = (bits - 0x3f3504f3) >> 23;
+    const auto m = (VecF)(bits - (n << 23));
+    const VecF s = (m - splat(1.f)) / (m + splat(1.f));
+    const VecF z = s * s;
+    VecF p = fma(splat(2.f / 9.f), z, splat(2.f / 7.f));
+    p = fma(p, z, splat(2.f / 5.f));
+    p = fma(p, z, splat(2.f / 3.f));
+    const VecF log_m = fma(s * z, p, s + s) + (x - x);  // NaN stays NaN
+    const VecF ln2 = splat(Math<float>::ln2);
+    return fma(exponent, ln2, fma(__builtin_convertvector(n, VecF), ln2, log_m));
+  }
+#endif
+  Vec<T> result{};
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const auto log_x = static_cast<double>(log_of(x[lane]));
+    result[lane] =
+        static_cast<T>(static_cast<double>(exponent[lane]) * Math<double>::ln2 + log_x);
   }
   return result;
 }
