@@ -98,7 +98,8 @@ class ForwardKernel {
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
     // Scores of a block and its packed keys stay within a part of L2.
-    first_references_ = p_.mask_kind == MaskKind::kNone && p_.slopes == nullptr;
+    const bool reads_mask = kHasPlainBands && p_.mask.stride[3] == 1;
+    first_references_ = p_.slopes == nullptr && (p_.mask_kind == MaskKind::kNone || reads_mask);
     constexpr std::int64_t most = Operand::kBlockKeys;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
@@ -320,24 +321,60 @@ class ForwardKernel {
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
       for (; first < all.end; first += k.block_keys_) {
         const std::int64_t count = smaller(k.block_keys_, all.end - first);
+        TileRanges<T>& tile = *buffer.tile;
+        if (!find_ranges(tile, *buffer.ranges, rows, first, count)) continue;
         const KeyBlock block = key_block(buffer, score, first, count);
         if (!score.are_bounded(block.bounds, (count + kPanel<T> - 1) / kPanel<T>)) return false;
-        for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
-          const bool added =
-              band.add({buffer.queries + r * Score::query_size(p.head_dim),
-                        smaller(rows - r, Operand::kBandRows), buffer.ranges->begin + r,
-                        buffer.ranges->end + r, buffer.maximum + r, buffer.total + r * kLanes<T>,
-                        buffer.sums + r * k.width_, k.width_},
-                       {first, count, block.panels, block.values, block.value_ld});
-          if (!added) return false;
+        for (std::int64_t r = 0; r < rows; r += kGroupRows) {
+          const auto add = [&](auto&& mask) {
+            return band.add({buffer.queries + r * Score::query_size(p.head_dim),
+                             smaller<std::int64_t>(rows - r, kGroupRows), buffer.ranges->begin + r,
+                             buffer.ranges->end + r, buffer.maximum + r,
+                             buffer.total + r * kLanes<T>, buffer.sums + r * k.width_, k.width_},
+                            {first, count, block.panels, block.values, block.value_ld,
+                             tile.panels[r / kGroupRows]},
+                            mask);
+          };
+          if (!with_mask(r, add)) return false;
         }
+      }
+      for (std::int64_t r = 0; band.has_low_scores() && r < rows; ++r) {
+        if (sum_lanes<T>(load(buffer.total + r * kLanes<T>)) == T(0)) return false;
       }
       return true;
     }
 
+    // body(mask) with the mask's rows from row r of the block.
+    template <typename Body>
+    bool with_mask(std::int64_t r, const Body& body) const {
+      const AttentionProblem& p = k.p_;
+      if (p.mask_kind == MaskKind::kNone) return body(NoMask<T>{});
+      const std::int64_t offset = mask_offset(p, b, head(r), query(r), 0);
+      if (p.mask_kind == MaskKind::kBool) {
+        return body(BoolMaskRows<T>(static_cast<const std::uint8_t*>(p.mask.data) + offset,
+                                    p.mask.stride[2], p.key_length));
+      }
+      bool result = false;
+      with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
+        using Element = typename Storage<dtype>::type;
+        result = body(FloatMaskRows<T, dtype>(static_cast<const Element*>(p.mask.data) + offset,
+                                              p.mask.stride[2], p.key_length));
+      });
+      return result;
+    }
+
+    // Of a block of keys; false: the mask leaves nothing of it.
+    bool find_ranges(TileRanges<T>& tile, const RowRanges& ranges, std::int64_t rows,
+                     std::int64_t first, std::int64_t keys) const {
+      const AttentionProblem& p = k.p_;
+      tile.template compute<kGroupRows, Operand::kStep>(ranges, rows, first, keys);
+      if (p.mask_kind == MaskKind::kNone) return true;
+      return tile.template look_at_mask<kGroupRows>(
+          p, rows, [&](std::int64_t r) { return mask_offset(p, b, head(r), query(r), first); });
+    }
+
     // Sums over all keys of the task: buffer.sums, .maximum, .total.
     void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
-      const AttentionProblem& p = k.p_;
       clear_sums(buffer, rows);
       if constexpr (kHasPlainBands) {
         if (!running_maxima && zeros == Zeros::kMultiply) {
@@ -352,13 +389,7 @@ class ForwardKernel {
       for (; first < all.end; first += k.block_keys_) {
         TileRanges<T>& tile = *buffer.tile;
         const std::int64_t keys = smaller(k.block_keys_, all.end - first);
-        tile.template compute<kGroupRows, Operand::kStep>(*buffer.ranges, rows, first, keys);
-        if (p.mask_kind != MaskKind::kNone) {
-          const auto offset = [&](std::int64_t r) {
-            return mask_offset(p, b, head(r), query(r), first);
-          };
-          if (!tile.template look_at_mask<kGroupRows>(p, rows, offset)) continue;
-        }
+        if (!find_ranges(tile, *buffer.ranges, rows, first, keys)) continue;
         KeyBlock block{first, keys};
         if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {

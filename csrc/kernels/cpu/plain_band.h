@@ -1,12 +1,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/mask.h"
 #include "kernels/cpu/tile.h"
 
-// Attention of a register tile's rows where nothing stands between the product and the softmax: no
-// mask, no ALiBi, no dropout. Two panels of keys at a time become scores and then weights, while
+// Attention of a register tile's rows where nothing but a mask stands between the product and the
+// softmax: no ALiBi, no dropout. Two panels of keys at a time become scores and then weights, while
 // the scores are in L1; the values follow when the weights of a block of keys are complete.
 //
 // The weights of a row are relative to a reference that stays: its largest score in the first two
@@ -18,6 +20,80 @@
 // holds; and in the time of 64 keys the tile unit does not fall asleep (amx_tiles.h).
 // Bound: 2^x, two thirds of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// What a mask makes of the scaled scores of row r of a band, of which it is asked for n keys at a
+// time; change(j, x) is for the vector of keys from the j-th of them. Hidden keys become -inf, and
+// the smallest biases may; limited() keeps these apart.
+template <typename T>
+struct NoMask {
+  static constexpr bool kChanges = false;
+  struct Row {
+    TSA_INLINE Vec<T> change(int /*j*/, Vec<T> x) const { return x; }
+    TSA_INLINE Vec<T> limited(int /*j*/, Vec<T> x) const { return x; }
+  };
+  Row row(std::int64_t /*r*/, std::int64_t /*key*/, int /*n*/) { return {}; }
+};
+// The rows of a mask whose keys lie side by side.
+template <typename T, typename Element>
+class MaskRows {
+ public:
+  static constexpr bool kChanges = true;
+
+  // first: of the band's first row, its element for key 0.
+  MaskRows(const Element* first, std::int64_t row_stride, std::int64_t keys)
+      : first_(first), row_stride_(row_stride), keys_(keys) {}
+
+ protected:
+  static constexpr int kMost = 2 * kPanel<T>;
+
+  // n elements from `key` on, zeros behind the last of a row.
+  TSA_INLINE const Element* elements(std::int64_t r, std::int64_t key, int n) {
+    const Element* const from = first_ + r * row_stride_ + key;
+    // The same of the next keys: rows lie so far apart that the hardware does not see it coming.
+    for (int x = 0; x < n; x += 64 / static_cast<int>(sizeof(Element))) {
+      __builtin_prefetch(from + n + x);
+    }
+    if (key + n <= keys_) return from;
+    for (int x = 0; x < n; ++x) last_[x] = key + x < keys_ ? from[x] : Element(0);
+    return last_;
+  }
+
+ private:
+  const Element* first_;
+  std::int64_t row_stride_, keys_;
+  Element last_[kMost];
+};
+template <typename T>
+struct BoolMaskRows : MaskRows<T, std::uint8_t> {
+  using MaskRows<T, std::uint8_t>::MaskRows;
+  struct Row {
+    const std::uint8_t* elements;
+    TSA_INLINE Vec<T> change(int j, Vec<T> x) const {
+      return nonzero_bytes<T>(elements + j) ? x : splat(-infinity<T>());
+    }
+    TSA_INLINE Vec<T> limited(int j, Vec<T> x) const { return change(j, x); }
+  };
+  TSA_INLINE Row row(std::int64_t r, std::int64_t key, int n) {
+    return {this->elements(r, key, n)};
+  }
+};
+template <typename T, DType dtype>
+struct FloatMaskRows : MaskRows<T, typename Storage<dtype>::type> {
+  using Element = typename Storage<dtype>::type;
+  using MaskRows<T, Element>::MaskRows;
+  struct Row {
+    const Element* elements;
+    TSA_INLINE Vec<T> change(int j, Vec<T> x) const {
+      return fma(load_widened<T, dtype>(elements + j), splat(Math<T>::log2e), x);
+    }
+    TSA_INLINE Vec<T> limited(int j, Vec<T> x) const {
+      return add_bias<T>(x, load_widened<T, dtype>(elements + j), infinity<T>());
+    }
+  };
+  TSA_INLINE Row row(std::int64_t r, std::int64_t key, int n) {
+    return {this->elements(r, key, n)};
+  }
+};
 
 template <typename Score>
 class PlainBand {
@@ -45,6 +121,7 @@ class PlainBand {
     const T* panels;
     const T* values;  // packed across rows
     std::int64_t value_ld;
+    std::uint64_t seen;  // a bit for each panel: the mask allows a pair there
   };
 
   // To work in: scores[scores_size()] and weights[weights_size()].
@@ -56,35 +133,44 @@ class PlainBand {
         weights_stride_(weights_stride(block_keys)) {}
 
   // Adds a block of keys to references, totals and sums. False: scores are too large for this way.
-  bool add(const Queries& q, const Keys& keys) {
+  template <typename Mask>
+  bool add(const Queries& q, const Keys& keys, Mask&& mask) {
     find_ranges(q, keys);
     if (some_.begin >= some_.end) return true;
-    const std::int64_t begin = some_.begin / kPanel<T> * kPanel<T>;
     const std::int64_t end = round_up(some_.end, Operand::kStep);
-    bool all_have_references = find_shifts(q);
-    for (std::int64_t u = begin; u < end; u += kAtOnce) {
-      const int n = end - u < kAtOnce ? kPanel<T> : kAtOnce;
+    std::int64_t u = some_.begin / kPanel<T> * kPanel<T>;
+    std::int64_t first_weight = u;
+    bool all_have_references = find_shifts<Plain<Mask>>(q);
+    const auto seen = [&](std::int64_t x) {
+      return x < end && (keys.seen >> x / kPanel<T> & 1) != 0;
+    };
+    while (u < end) {
+      if (!seen(u)) {
+        add_values(q, keys, first_weight, u);
+        u += kPanel<T>;
+        first_weight = u;
+        continue;
+      }
+      const int n = seen(u + kPanel<T>) ? kAtOnce : kPanel<T>;
       for (int x = 0; x < n; x += kPanel<T>) {
         score_.scores(q.packed, 0, q.rows, keys.panels + (u + x) * key_size_, T(0),
                       keys.first + u + x, scores_ + x, kScoreStride);
       }
       const bool all_see_all = all_.begin <= u && u + n <= all_.end;
       if (!all_have_references) {
-        find_references(q, keys.first + u, n, all_see_all);
-        all_have_references = find_shifts(q);
+        find_references(q, keys.first + u, n, all_see_all, mask);
+        all_have_references = find_shifts<Plain<Mask>>(q);
       }
       if (!can_subtract_) return false;
-      find_weights(q, keys.first, u, n, all_see_all);
+      find_weights(q, keys.first, u, n, all_see_all, mask);
+      u += n;
     }
-    const std::int64_t from = Operand::words(begin);
-    for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
-      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights_ + from, weights_stride_,
-                                    keys.values + from * keys.value_ld + d, keys.value_ld,
-                                    Operand::words(end) - from, q.sums + d, q.width,
-                                    smaller<std::int64_t>(kStrip<T>, q.width - d));
-    }
+    add_values(q, keys, first_weight, end);
     return true;
   }
+
+  // Whether a row may have had very low scores only, which counted 0.
+  bool has_low_scores() const { return has_low_; }
 
  private:
   static_assert(Operand::kPack == 2 && Operand::kStep == kPanel<T>);
@@ -94,6 +180,10 @@ class PlainBand {
   static std::int64_t weights_stride(std::int64_t block_keys) {
     return Operand::words(block_keys) + kLanes<T>;
   }
+  static constexpr T kLowest = -65536;  // of a reference, scaled: as can_subtract()
+
+  template <typename Mask>
+  using Plain = std::remove_reference_t<Mask>;
 
   // Keys of the block, from its first, that some row sees, and those that all do.
   void find_ranges(const Queries& q, const Keys& keys) {
@@ -108,9 +198,23 @@ class PlainBand {
     }
   }
 
-  // What is subtracted from scaled scores; whether every row has a reference.
+  // Of the weights of keys [begin, end) of the block.
+  void add_values(const Queries& q, const Keys& keys, std::int64_t begin, std::int64_t end) const {
+    if (begin >= end) return;
+    const std::int64_t from = Operand::words(begin);
+    for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
+      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights_ + from, weights_stride_,
+                                    keys.values + from * keys.value_ld + d, keys.value_ld,
+                                    Operand::words(end) - from, q.sums + d, q.width,
+                                    smaller<std::int64_t>(kStrip<T>, q.width - d));
+    }
+  }
+
+  // What is subtracted from scaled scores; whether every row has a reference. References are of
+  // products, or of masked scores.
+  template <typename Mask>
   bool find_shifts(const Queries& q) {
-    const auto scaled = score_.scale(false);
+    const auto scaled = score_.scale(Mask::kChanges);
     bool all = true;
     can_subtract_ = true;
     for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
@@ -140,80 +244,69 @@ class PlainBand {
     }
   };
 
-  // Of rows that have none and see any of the n keys from `first`, whose scores are there.
+  // Of rows that have none and see any of the n keys from `first`, whose scores are there. A row of
+  // very low scores waits for others.
+  template <typename Mask>
   [[gnu::noinline]] void find_references(const Queries& q, std::int64_t first, int n,
-                                         bool all_see_all) {
+                                         bool all_see_all, Mask& mask) {
+    const auto scaled = score_.scale(!Mask::kChanges);
     for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
       Vec<T> largest[kLanes<T>];
       for (std::int64_t x = 0; x < kLanes<T>; ++x) {
         largest[x] = splat(-infinity<T>());
         if (r + x >= q.rows) continue;
         const T* const scores = scores_ + (r + x) * kScoreStride;
-        if (all_see_all) {
-          for (int j = 0; j < n; j += kLanes<T>)
-            largest[x] = at_least(load(scores + j), largest[x]);
-        } else {
-          const Seen seen(q, r + x, first);
-          for (int j = 0; j < n; j += kLanes<T>) {
-            largest[x] = at_least(seen.select(j, load(scores + j), largest[x]), largest[x]);
-          }
+        const auto row = mask.row(r + x, first, n);
+        const Seen seen(q, r + x, first);
+        for (int j = 0; j < n; j += kLanes<T>) {
+          Vec<T> score = row.limited(j, scaled(load(scores + j)));
+          if (!all_see_all) score = seen.select(j, score, largest[x]);
+          largest[x] = at_least(score, largest[x]);
         }
       }
       const Vec<T> found =
           joined_lanes<T>(largest, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
       const Vec<T> before = load(q.references + r);
-      store(q.references + r, before == splat(-infinity<T>()) ? found : before);
+      const IntVec<T> missing = before == splat(-infinity<T>());
+      // As by the smallest number, where it stands for a hidden key.
+      const IntVec<T> low = score_.scale(Mask::kChanges)(found) < splat(kLowest);
+      const IntVec<T> some = found > splat(-infinity<T>());
+      has_low_ = has_low_ || any_lane<T>(missing & low & some);
+      store(q.references + r, missing & ~low ? found : before);
     }
   }
 
-  void find_weights(const Queries& q, std::int64_t first, std::int64_t u, int n, bool all_see_all) {
+  template <typename Mask>
+  void find_weights(const Queries& q, std::int64_t first, std::int64_t u, int n, bool all_see_all,
+                    Mask& mask) {
     if (all_see_all) {
-      n == kAtOnce ? weights_of_all<kAtOnce>(q, u) : weights_of_all<kPanel<T>>(q, u);
+      n == kAtOnce ? weights_of<kAtOnce, true>(q, first, u, mask)
+                   : weights_of<kPanel<T>, true>(q, first, u, mask);
     } else {
-      n == kAtOnce ? weights_of_some<kAtOnce>(q, first, u)
-                   : weights_of_some<kPanel<T>>(q, first, u);
+      n == kAtOnce ? weights_of<kAtOnce, false>(q, first, u, mask)
+                   : weights_of<kPanel<T>, false>(q, first, u, mask);
     }
   }
 
-  // Weights of kKeys keys from u, all of which every row sees.
-  template <int kKeys>
-  void weights_of_all(const Queries& q, std::int64_t u) {
-    const auto scaled = score_.scale(false);
-    const T* scores = scores_;
-    T* words = weights_ + Operand::words(u);
-    T* total = q.totals;
-    for (std::int64_t r = 0; r < q.rows; ++r) {
-      const Vec<T> shift = splat(shifts_[r]);
-      Vec<T> sum = load(total);
-#pragma GCC unroll 4
-      for (int j = 0; j < kKeys; j += kPanel<T>) {
-        const Vec<T> p0 = exp2_or_infinity<T>(scaled.minus(load(scores + j), shift));
-        const Vec<T> p1 = exp2_or_infinity<T>(scaled.minus(load(scores + j + kLanes<T>), shift));
-        store(words + j / Operand::kPack, Operand::round_along(p0, p1));
-        sum += p0 + p1;
-      }
-      store(total, sum);
-      scores += kScoreStride, words += weights_stride_, total += kLanes<T>;
-    }
-  }
-
-  // The same of keys that some rows do not see: their weights are 0.
-  template <int kKeys>
-  void weights_of_some(const Queries& q, std::int64_t first, std::int64_t u) {
+  // Weights of kKeys keys from u; 0 for those that a row does not see, if not all see all.
+  template <int kKeys, bool kAllSeeAll, typename Mask>
+  void weights_of(const Queries& q, std::int64_t first, std::int64_t u, Mask& mask) {
     const auto scaled = score_.scale(false);
     const T* scores = scores_;
     T* words = weights_ + Operand::words(u);
     T* total = q.totals;
     for (std::int64_t r = 0; r < q.rows; ++r) {
       const Seen seen(q, r, first + u);
+      const auto row = mask.row(r, first + u, kKeys);
       const Vec<T> shift = splat(shifts_[r]);
+      const auto weights = [&](int j) __attribute__((always_inline)) {
+        const Vec<T> x = row.change(j, scaled.minus(load(scores + j), shift));
+        const Vec<T> p = exp2_or_infinity<T>(x);
+        return kAllSeeAll ? p : seen.select(j, p, Vec<T>{});
+      };
       Vec<T> sum = load(total);
 #pragma GCC unroll 4
       for (int j = 0; j < kKeys; j += kPanel<T>) {
-        const auto weights = [&](int x) __attribute__((always_inline)) {
-          const Vec<T> p = exp2_or_infinity<T>(scaled.minus(load(scores + x), shift));
-          return seen.select(x, p, Vec<T>{});
-        };
         const Vec<T> p0 = weights(j);
         const Vec<T> p1 = weights(j + kLanes<T>);
         store(words + j / Operand::kPack, Operand::round_along(p0, p1));
@@ -231,6 +324,7 @@ class PlainBand {
   KeyRange some_ = {0, 0}, all_ = {0, 0};
   T shifts_[kRows];
   bool can_subtract_ = true;
+  bool has_low_ = false;
 };
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -167,8 +167,7 @@ TSA_INLINE Vec<T> log_scaled(Vec<T> x, Vec<T> exponent) {
   Vec<T> result{};
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const auto log_x = static_cast<double>(log_of(x[lane]));
-    result[lane] =
-        static_cast<T>(static_cast<double>(exponent[lane]) * Math<double>::ln2 + log_x);
+    result[lane] = static_cast<T>(static_cast<double>(exponent[lane]) * Math<double>::ln2 + log_x);
   }
   return result;
 }

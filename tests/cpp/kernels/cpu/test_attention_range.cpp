@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "catch2_any.h"
 #include "kernels/cpu/attention_checks.h"
@@ -12,6 +13,8 @@ using namespace torch_selfattn::kernels;
 using namespace torch_selfattn::kernels::testing;
 
 namespace {
+
+constexpr double kLowest = -std::numeric_limits<float>::max();
 
 // What follows from the weights of the pairs; the other gradients also from scores at the limit.
 void check_weights(const Results& got, const Results& expected, double limit) {
@@ -172,6 +175,7 @@ TEST_CASE("scores that overflow give no NaN") {
 TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one") {
   Case c;
   c.name = "finfo.min";
+  c.dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
   c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
   Instance instance(c);
   auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
@@ -179,9 +183,37 @@ TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one"
   for (std::int64_t n = 0; n < row; ++n) mask[n] = -std::numeric_limits<float>::max();
   for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
     const Results got = instance.run(candidate, threads(1));
-    CHECK(relative_error(got.out, expected.out) < 1e-5);
-    CHECK(relative_error(got.grad_value, expected.grad_value) < 1e-5);
-    CHECK(relative_error(got.grad_query, expected.grad_query) < 1e-5);
+    const double limit = c.dtype == DType::kFloat32 ? 1e-5 : tolerance(c.dtype);
+    CHECK(relative_error(got.out, expected.out) < limit);
+    CHECK(relative_error(got.grad_value, expected.grad_value) < limit);
+    CHECK(relative_error(got.grad_query, expected.grad_query) < limit);
+  });
+}
+
+TEST_CASE("biases that change along the keys") {
+  // Of the first keys, up to `change`, and of the others.
+  const auto [before, after] =
+      GENERATE(std::pair{kLowest, 0.0}, std::pair{0.0, kLowest}, std::pair{-kInfinity, kLowest},
+               std::pair{kLowest, -kInfinity}, std::pair{-kInfinity, 0.0}, std::pair{0.0, 300.0},
+               std::pair{0.0, 5e4}, std::pair{-5e4, 0.0});
+  const std::int64_t change = GENERATE(1, 70, 340);
+  Case c;
+  c.name = "bias " + std::to_string(before) + ", then " + std::to_string(after);
+  c.dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  c.batch = 1, c.query_length = 40, c.key_length = 421;
+  c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
+  if (GENERATE(false, true)) c.window_left = 60, c.query_offset = 30;
+  Instance instance(c);
+  auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
+  const std::int64_t elements = c.heads * c.query_length * c.key_length;
+  for (std::int64_t n = 0; n < elements; ++n) {
+    mask[n] = static_cast<float>(n % c.key_length < change ? before : after);
+  }
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(2));
+    // A score of 5e4 is rounded to 1 / 256.
+    CHECK(relative_error(got.out, expected.out) < tolerance(c.dtype) + 1e-2);
+    CHECK(relative_error(got.lse, expected.lse) < 1e-6);
   });
 }
 
