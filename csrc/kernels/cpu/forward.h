@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/parallel.h"
@@ -16,10 +17,15 @@
 // of all heads that read one key head (few_queries.h), and a share of the keys, where there are few
 // tasks. It walks over blocks of keys: scores of the block by the score's tile (panels of packed
 // keys outside, groups of query rows inside: a panel stays in L1, the scores in L2; or, by
-// kBandRows, a register tile's rows at a time, whose scores stay in L1), ALiBi, mask, softmax with
-// running maximum, product with the values by the same register tile. Panels and inner loops are
-// clipped to the keys that a group of rows may see; panels that the mask hides from a group are
-// left out (TileRanges).
+// kBandRows, a register tile's rows at a time), ALiBi, mask, softmax, product with the values by
+// the same register tile. Panels and inner loops are clipped to the keys that a group of rows may
+// see; panels that the mask hides from a group are left out (TileRanges). Tiles of AMX mostly go
+// another way through a block, plain_band.h.
+//
+// Weights are relative to the row's maximum in the first block of which it sees a key, where that
+// can be (first_references_), and no maximum is looked for after it. If later scores rise so far
+// that a weight or a sum overflows, the block of rows is computed again by running maxima; so it is
+// with masks and ALiBi from the start.
 //
 // Keys are packed once per head and shared if many tasks read them, else by the task itself, or
 // read where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
@@ -27,8 +33,8 @@
 //
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
-// If a result is not finite the block is computed again carefully: scores that overflowed anew in
-// double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
+// If a result is still not finite the block is computed again carefully: scores that overflowed
+// anew in double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
 // Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
@@ -40,6 +46,9 @@ class ForwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
+  // Else the time that a mask takes in scores of its own is next to nothing.
+  static constexpr bool kMasksWeights =
+      std::is_same_v<Score, DotScore<Operand>> && Operand::kFinishes;
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
@@ -98,7 +107,7 @@ class ForwardKernel {
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
     // Scores of a block and its packed keys stay within a part of L2.
-    const bool reads_mask = kHasPlainBands && p_.mask.stride[3] == 1;
+    const bool reads_mask = (kHasPlainBands || kMasksWeights) && p_.mask.stride[3] == 1;
     first_references_ = p_.slopes == nullptr && (p_.mask_kind == MaskKind::kNone || reads_mask);
     constexpr std::int64_t most = Operand::kBlockKeys;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
@@ -326,41 +335,23 @@ class ForwardKernel {
         const KeyBlock block = key_block(buffer, score, first, count);
         if (!score.are_bounded(block.bounds, (count + kPanel<T> - 1) / kPanel<T>)) return false;
         for (std::int64_t r = 0; r < rows; r += kGroupRows) {
-          const auto add = [&](auto&& mask) {
-            return band.add({buffer.queries + r * Score::query_size(p.head_dim),
-                             smaller<std::int64_t>(rows - r, kGroupRows), buffer.ranges->begin + r,
-                             buffer.ranges->end + r, buffer.maximum + r,
-                             buffer.total + r * kLanes<T>, buffer.sums + r * k.width_, k.width_},
-                            {first, count, block.panels, block.values, block.value_ld,
-                             tile.panels[r / kGroupRows]},
-                            mask);
-          };
-          if (!with_mask(r, add)) return false;
+          bool added = false;
+          with_mask_rows<T>(p, b, head(r), query(r), [&](auto&& mask) {
+            added = band.add({buffer.queries + r * Score::query_size(p.head_dim),
+                              smaller<std::int64_t>(rows - r, kGroupRows), buffer.ranges->begin + r,
+                              buffer.ranges->end + r, buffer.maximum + r,
+                              buffer.total + r * kLanes<T>, buffer.sums + r * k.width_, k.width_},
+                             {first, count, block.panels, block.values, block.value_ld,
+                              tile.panels[r / kGroupRows]},
+                             mask);
+          });
+          if (!added) return false;
         }
       }
       for (std::int64_t r = 0; band.has_low_scores() && r < rows; ++r) {
         if (sum_lanes<T>(load(buffer.total + r * kLanes<T>)) == T(0)) return false;
       }
       return true;
-    }
-
-    // body(mask) with the mask's rows from row r of the block.
-    template <typename Body>
-    bool with_mask(std::int64_t r, const Body& body) const {
-      const AttentionProblem& p = k.p_;
-      if (p.mask_kind == MaskKind::kNone) return body(NoMask<T>{});
-      const std::int64_t offset = mask_offset(p, b, head(r), query(r), 0);
-      if (p.mask_kind == MaskKind::kBool) {
-        return body(BoolMaskRows<T>(static_cast<const std::uint8_t*>(p.mask.data) + offset,
-                                    p.mask.stride[2], p.key_length));
-      }
-      bool result = false;
-      with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
-        using Element = typename Storage<dtype>::type;
-        result = body(FloatMaskRows<T, dtype>(static_cast<const Element*>(p.mask.data) + offset,
-                                              p.mask.stride[2], p.key_length));
-      });
-      return result;
     }
 
     // Of a block of keys; false: the mask leaves nothing of it.
@@ -395,8 +386,16 @@ class ForwardKernel {
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
           const std::int64_t end = smaller(r + Operand::kBandRows, rows);
           score_tile(buffer, score, block, r, end);
-          find_maxima(buffer, score, block, r, end, zeros);
-          find_weights(buffer, score, block, r, end, zeros);
+          if (!has_references(buffer, score, block, r, end)) {
+            find_maxima(buffer, score, block, r, end, zeros);
+            find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
+          } else if constexpr (kMasksWeights) {
+            with_mask_rows<T>(k.p_, b, head(r), query(r), [&](auto&& mask) {
+              find_weights(buffer, score, block, r, end, zeros, mask);
+            });
+          } else {
+            find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
+          }
           add_values(buffer, block, r, end, zeros);
         }
       }
@@ -476,11 +475,19 @@ class ForwardKernel {
       }
     }
 
-    static bool all_have_references(const Buffers& buffer, std::int64_t first_row,
-                                    std::int64_t end_row) {
+    // Whether the block's scores can become weights as they are, relative to what rows have.
+    bool has_references(const Buffers& buffer, const Score& score, const KeyBlock& block,
+                        std::int64_t first_row, std::int64_t end_row) const {
+      const bool masked = k.p_.mask_kind != MaskKind::kNone;
+      const std::int64_t panels = (block.keys + kPanel<T> - 1) / kPanel<T>;
+      if (running_maxima || score.needs_pass() || !score.are_bounded(block.bounds, panels)) {
+        return false;
+      }
+      // A row may be waiting for its first key, or be hidden by the smallest number so far.
+      const T least = masked ? T(-65536) : -infinity<T>();
       IntVec<T> missing{};
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
-        missing |= load(buffer.maximum + r) == splat(-infinity<T>());
+        missing |= load(buffer.maximum + r) <= splat(least);
       }
       return !any_lane<T>(missing);
     }
@@ -494,10 +501,6 @@ class ForwardKernel {
                            (k.p_.slopes != nullptr || !score.are_bounded(block.bounds, panels));
       const TileRanges<T>& tile = *buffer.tile;
       const bool changes = changes_scores(score, zeros);
-      if (!changes && !repairs && !running_maxima &&
-          all_have_references(buffer, first_row, end_row)) {
-        return;
-      }
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
         // Lane by lane for as many rows as there are lanes, then for all at once.
         Vec<T> largest[kLanes<T>];
@@ -558,9 +561,10 @@ class ForwardKernel {
       }
     }
 
-    // Scores become weights relative to the running maximum of their row.
+    // Scores, masked first if they are not yet, become weights relative to their row's maximum.
+    template <typename Mask>
     void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block,
-                      std::int64_t first_row, std::int64_t end_row, Zeros zeros) {
+                      std::int64_t first_row, std::int64_t end_row, Zeros zeros, Mask&& mask) {
       const TileRanges<T>& tile = *buffer.tile;
       const bool changes = changes_scores(score, zeros);
       const auto scaled = score.scale(changes);
@@ -576,7 +580,8 @@ class ForwardKernel {
         if (tile.one_span[g] && begin == tile.group_begin[g] && begin < end &&
             packs_at_once(begin) && subtracts) {
           const Vec<T> sum =
-              packed_weights(score_row(buffer, r), begin, end, tile.group_end[g], scaled, shift);
+              packed_weights(score_row(buffer, r), begin, end, tile.group_end[g], scaled, shift,
+                             mask_of(mask, block, r - first_row, begin, end));
           T* const total = buffer.total + r * kLanes<T>;
           store(total, load(total) + sum);
         } else {
@@ -585,15 +590,17 @@ class ForwardKernel {
               score.scale_products(score_row(buffer, r) + from, n);
             });
           }
-          find_weights_of_row(buffer, block, r, score.scale(changes || !subtracts), shift);
+          find_weights_of_row(buffer, block, r, r - first_row, score.scale(changes || !subtracts),
+                              shift, mask);
         }
       }
     }
 
     // 0 for keys that the row may not see but its group does.
-    template <typename Scale>
+    template <typename Scale, typename Mask>
     [[gnu::noinline]] void find_weights_of_row(Buffers& buffer, const KeyBlock& block,
-                                               std::int64_t r, const Scale& scaled, Vec<T> shift) {
+                                               std::int64_t r, std::int64_t mask_row,
+                                               const Scale& scaled, Vec<T> shift, Mask& mask) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
       const std::int64_t g = r / kGroupRows;
@@ -603,11 +610,12 @@ class ForwardKernel {
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
         const std::int64_t begin = larger(span.begin, smaller(tile.begin[r], span.end));
         const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
+        const auto masked = mask_of(mask, block, mask_row, begin, end);
         if (begin == span.begin && packs_at_once(begin)) {
-          sum += packed_weights(row, begin, end, span.end, scaled, shift);
+          sum += packed_weights(row, begin, end, span.end, scaled, shift, masked);
           continue;
         }
-        sum += exponentials<false>(row, begin, end, scaled, shift);
+        sum += exponentials<false>(row, begin, end, scaled, shift, masked);
         if (p.dropout_p > 0.0) {
           const std::int64_t n = end - begin;
           load_dropout_row(p, k.dropout_, b, head(r), query(r), block.first + begin, n, buffer.row);
@@ -659,11 +667,11 @@ class ForwardKernel {
 
     // Weights of keys [begin, end) of a row, packed, zeros behind them to span_end; the lanes of
     // their sum.
-    template <typename Scale>
+    template <typename Scale, typename MaskRow>
     static TSA_INLINE Vec<T> packed_weights(T* row, std::int64_t begin, std::int64_t end,
                                             std::int64_t span_end, const Scale& scaled,
-                                            Vec<T> shift) {
-      const Vec<T> sum = exponentials<true>(row, begin, end, scaled, shift);
+                                            Vec<T> shift, const MaskRow& mask) {
+      const Vec<T> sum = exponentials<true>(row, begin, end, scaled, shift, mask);
       const std::int64_t packed =
           Operand::kPack > 1 ? smaller(round_up(end, kPackedKeys), span_end) : end;
       if (packed < span_end) {
@@ -672,13 +680,22 @@ class ForwardKernel {
       return sum;
     }
 
+    // The mask's row of keys [begin, end) of the block.
+    template <typename Mask>
+    static TSA_INLINE auto mask_of(Mask& mask, const KeyBlock& block, std::int64_t mask_row,
+                                   std::int64_t begin, std::int64_t end) {
+      const std::int64_t n = round_up(larger<std::int64_t>(end - begin, 0), kLanes<T>);
+      return mask.row(mask_row, block.first + begin, static_cast<int>(n));
+    }
+
     // 2^(score - maximum) of keys [begin, end) in their place, or packed; the lanes of their sum.
-    template <bool kPacks, typename Scale>
+    template <bool kPacks, typename Scale, typename MaskRow>
     static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scale& scaled,
-                               Vec<T> shift) {
+                               Vec<T> shift, const MaskRow& mask) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        return exp2_or_infinity<T>(scaled.minus(load(row + j), shift));
+        const Vec<T> x = scaled.minus(load(row + j), shift);
+        return exp2_or_infinity<T>(mask.change(j - begin, x));
       };
       T* words = row + begin / Operand::kPack;
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
@@ -117,6 +118,100 @@ inline bool allows_any(const AttentionProblem& p, std::int64_t offset, std::int6
     }
   });
   return any;
+}
+
+// What a mask makes of the scaled scores of row r of some rows, of which it is asked for n <= kMost
+// keys at a time; change(j, x) is for the vector of keys from the j-th of them. Hidden keys become
+// -inf, and the smallest biases may; limited() keeps these apart.
+template <typename T>
+struct NoMask {
+  static constexpr bool kChanges = false;
+  struct Row {
+    TSA_INLINE Vec<T> change(std::int64_t /*j*/, Vec<T> x) const { return x; }
+    TSA_INLINE Vec<T> limited(std::int64_t /*j*/, Vec<T> x) const { return x; }
+  };
+  Row row(std::int64_t /*r*/, std::int64_t /*key*/, int /*n*/) { return {}; }
+};
+// The rows of a mask whose keys lie side by side.
+template <typename T, typename Element>
+class MaskRows {
+ public:
+  static constexpr bool kChanges = true;
+
+  // first: of row 0, its element for key 0.
+  MaskRows(const Element* first, std::int64_t row_stride, std::int64_t keys)
+      : first_(first), row_stride_(row_stride), keys_(keys) {}
+
+ protected:
+  static constexpr int kMost = 256 + kLanes<T>;  // a block of keys in whole vectors
+
+  // n elements from `key` on, zeros behind the last of a row.
+  TSA_INLINE const Element* elements(std::int64_t r, std::int64_t key, int n) {
+    const Element* const from = first_ + r * row_stride_ + key;
+    // The same of the next keys: rows lie so far apart that the hardware does not see it coming.
+    for (int x = 0; x < n; x += 64 / static_cast<int>(sizeof(Element))) {
+      __builtin_prefetch(from + n + x);
+    }
+    if (key + n <= keys_) return from;
+    const auto size = static_cast<std::size_t>(keys_ - key) * sizeof(Element);
+    __builtin_memcpy(last_, from, size);
+    __builtin_memset(reinterpret_cast<char*>(last_) + size, 0,
+                     static_cast<std::size_t>(n) * sizeof(Element) - size);
+    return last_;
+  }
+
+ private:
+  const Element* first_;
+  std::int64_t row_stride_, keys_;
+  Element last_[kMost];
+};
+template <typename T>
+struct BoolMaskRows : MaskRows<T, std::uint8_t> {
+  using MaskRows<T, std::uint8_t>::MaskRows;
+  struct Row {
+    const std::uint8_t* elements;
+    TSA_INLINE Vec<T> change(std::int64_t j, Vec<T> x) const {
+      return nonzero_bytes<T>(elements + j) ? x : splat(-infinity<T>());
+    }
+    TSA_INLINE Vec<T> limited(std::int64_t j, Vec<T> x) const { return change(j, x); }
+  };
+  TSA_INLINE Row row(std::int64_t r, std::int64_t key, int n) {
+    return {this->elements(r, key, n)};
+  }
+};
+template <typename T, DType dtype>
+struct FloatMaskRows : MaskRows<T, typename Storage<dtype>::type> {
+  using Element = typename Storage<dtype>::type;
+  using MaskRows<T, Element>::MaskRows;
+  struct Row {
+    const Element* elements;
+    TSA_INLINE Vec<T> change(std::int64_t j, Vec<T> x) const {
+      return fma(load_widened<T, dtype>(elements + j), splat(Math<T>::log2e), x);
+    }
+    TSA_INLINE Vec<T> limited(std::int64_t j, Vec<T> x) const {
+      return add_bias<T>(x, load_widened<T, dtype>(elements + j), infinity<T>());
+    }
+  };
+  TSA_INLINE Row row(std::int64_t r, std::int64_t key, int n) {
+    return {this->elements(r, key, n)};
+  }
+};
+
+// body(mask) with the rows of the mask from query i on, whose keys lie side by side.
+template <typename T, typename Body>
+inline void with_mask_rows(const AttentionProblem& p, std::int64_t b, std::int64_t h,
+                           std::int64_t i, const Body& body) {
+  if (p.mask_kind == MaskKind::kNone) return body(NoMask<T>{});
+  const std::int64_t offset = mask_offset(p, b, h, i, 0);
+  if (p.mask_kind == MaskKind::kBool) {
+    return body(BoolMaskRows<T>(static_cast<const std::uint8_t*>(p.mask.data) + offset,
+                                p.mask.stride[2], p.key_length));
+  }
+  with_widened<T>(p.mask_dtype, [&]<DType dtype>() {
+    using Element = typename Storage<dtype>::type;
+    body(FloatMaskRows<T, dtype>(static_cast<const Element*>(p.mask.data) + offset,
+                                 p.mask.stride[2], p.key_length));
+  });
 }
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

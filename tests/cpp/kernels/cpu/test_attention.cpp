@@ -235,7 +235,7 @@ TEST_CASE("bfloat16: sizes around the tiles agree with the reference") {
   const std::int64_t dims[] = {1, 7, 15, 16, 17, 31, 33, 64, 72, 96, 128, 256};
   std::size_t n = 0;
   for (const std::int64_t query_length : {5, 15, 16, 17, 31, 32, 33, 48, 63, 65, 97}) {
-    for (const std::int64_t key_length : {1, 15, 16, 17, 32, 33, 65, 130, 513}) {
+    for (const std::int64_t key_length : {1, 15, 16, 17, 31, 32, 33, 63, 65, 95, 130, 255, 513}) {
       Case c;
       c.dtype = DType::kBFloat16;
       c.batch = 1, c.heads = 2, c.kv_heads = 1 + static_cast<std::int64_t>(n % 2);
@@ -247,6 +247,8 @@ TEST_CASE("bfloat16: sizes around the tiles agree with the reference") {
       if (n % 5 == 0) c.window_left = 40;
       c.grad_lse = key_length == 1 || n % 7 == 0;  // dq and dk of one key are that of the lse
       if (n % 11 == 0) c.scale = -0.3;
+      if (n % 4 == 1) c.mask = MaskKind::kBool;
+      if (n % 4 == 3) c.mask = MaskKind::kFloat, c.mask_dtype = n % 8 == 3 ? c.dtype : c.mask_dtype;
       ++n;
       Instance instance(c);
       for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
