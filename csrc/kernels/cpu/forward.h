@@ -23,9 +23,9 @@
 // another way through a block, plain_band.h.
 //
 // Weights are relative to the row's maximum in the first block of which it sees a key, where that
-// can be (first_references_), and no maximum is looked for after it. If later scores rise so far
-// that a weight or a sum overflows, the block of rows is computed again by running maxima; so it is
-// with masks and ALiBi from the start.
+// can be (first_references_, has_references), no maximum is looked for after it, and a mask is
+// added on the way to the weights. If later scores rise so far that a weight or a sum overflows,
+// the block of rows is computed again by running maxima; so it is with ALiBi from the start.
 //
 // Keys are packed once per head and shared if many tasks read them, else by the task itself, or
 // read where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
@@ -483,11 +483,13 @@ class ForwardKernel {
       if (running_maxima || score.needs_pass() || !score.are_bounded(block.bounds, panels)) {
         return false;
       }
-      // A row may be waiting for its first key, or be hidden by the smallest number so far.
-      const T least = masked ? T(-65536) : -infinity<T>();
+      // A row may be waiting for its first key, or be hidden by the smallest number so far; beside
+      // a bias of this size a score has no digits left.
+      const Vec<T> most = splat(masked ? T(65536) : infinity<T>());
       IntVec<T> missing{};
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
-        missing |= load(buffer.maximum + r) <= splat(least);
+        const Vec<T> maximum = load(buffer.maximum + r);
+        missing |= (maximum <= -most) | (masked ? maximum >= most : IntVec<T>{});
       }
       return !any_lane<T>(missing);
     }
@@ -561,7 +563,8 @@ class ForwardKernel {
       }
     }
 
-    // Scores, masked first if they are not yet, become weights relative to their row's maximum.
+    // Scores, which `mask` is applied to on the way, become weights relative to their row's
+    // maximum.
     template <typename Mask>
     void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block,
                       std::int64_t first_row, std::int64_t end_row, Zeros zeros, Mask&& mask) {

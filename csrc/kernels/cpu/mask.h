@@ -152,7 +152,7 @@ class MaskRows {
     for (int x = 0; x < n; x += 64 / static_cast<int>(sizeof(Element))) {
       __builtin_prefetch(from + n + x);
     }
-    if (key + n <= keys_) return from;
+    if (key + n <= keys_ || n == 0) return from;
     const auto size = static_cast<std::size_t>(keys_ - key) * sizeof(Element);
     __builtin_memcpy(last_, from, size);
     __builtin_memset(reinterpret_cast<char*>(last_) + size, 0,

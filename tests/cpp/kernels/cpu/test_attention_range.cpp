@@ -192,10 +192,10 @@ TEST_CASE("a mask of the smallest number leaves a uniform row, not an empty one"
 
 TEST_CASE("biases that change along the keys") {
   // Of the first keys, up to `change`, and of the others.
-  const auto [before, after] =
-      GENERATE(std::pair{kLowest, 0.0}, std::pair{0.0, kLowest}, std::pair{-kInfinity, kLowest},
-               std::pair{kLowest, -kInfinity}, std::pair{-kInfinity, 0.0}, std::pair{0.0, 300.0},
-               std::pair{0.0, 5e4}, std::pair{-5e4, 0.0});
+  const auto [before, after] = GENERATE(
+      std::pair{kLowest, 0.0}, std::pair{0.0, kLowest}, std::pair{-kInfinity, kLowest},
+      std::pair{kLowest, -kInfinity}, std::pair{-kInfinity, 0.0}, std::pair{0.0, 300.0},
+      std::pair{0.0, 5e4}, std::pair{-5e4, 0.0}, std::pair{1e4, 1e4}, std::pair{1e30, 1e30});
   const std::int64_t change = GENERATE(1, 70, 340);
   Case c;
   c.name = "bias " + std::to_string(before) + ", then " + std::to_string(after);
