@@ -163,7 +163,7 @@ class PlainBand {
     // v where lane l stands for a key that is seen, key j + l; `other` elsewhere.
     TSA_INLINE Vec<T> select(int j, Vec<T> v, Vec<T> other) const {
       const Vec<T> key = lane_numbers<T>() + splat(static_cast<T>(j));
-      return (key >= begin) & (key < end) ? v : other;
+      return ((key >= begin) & (key < end)) ? v : other;
     }
     static T place(std::int64_t key) {  // in T it is exact
       return static_cast<T>(smaller<std::int64_t>(larger<std::int64_t>(key, 0), kAtOnce));
@@ -198,7 +198,7 @@ class PlainBand {
       const IntVec<T> low = score_.scale(Mask::kChanges)(found) < splat(kLowest);
       const IntVec<T> some = found > splat(-infinity<T>());
       has_low_ = has_low_ || any_lane<T>(missing & low & some);
-      store(q.references + r, missing & ~low ? found : before);
+      store(q.references + r, (missing & ~low) ? found : before);
     }
   }
 
