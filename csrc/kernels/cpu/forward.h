@@ -132,6 +132,8 @@ class ForwardKernel {
     // them again in less time than they would wait for them.
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
                    blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
+    // What is merged must be relative to maxima.
+    first_references_ = first_references_ && splits_ == 1;
     own_panels_ = !Score::kInPlace && !shared_keys_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
@@ -241,7 +243,8 @@ class ForwardKernel {
     const ForwardKernel& k;
     int thread;
     std::int64_t b, h0, i0, split;  // from query i0 of head h0
-    bool running_maxima = false;    // else a row's reference is the maximum of its first block
+    bool used_references = false;
+    bool running_maxima = false;  // else a row's reference is the maximum of its first block
 
     // Row r of the block: as many queries of each head, head by head.
     std::int64_t queries() const { return smaller(k.block_rows_, k.p_.query_length - i0); }
@@ -270,8 +273,10 @@ class ForwardKernel {
       if (finish(buffer, score, rows, Zeros::kMultiply)) return;
       if (!running_maxima) {  // scores rose too far above their references, or are not finite
         running_maxima = true;
-        attend(buffer, score, rows, Zeros::kMultiply);
-        if (finish(buffer, score, rows, Zeros::kMultiply)) return;
+        if (used_references) {
+          attend(buffer, score, rows, Zeros::kMultiply);
+          if (finish(buffer, score, rows, Zeros::kMultiply)) return;
+        }
       }
       attend(buffer, score, rows, Zeros::kSkip);
       finish(buffer, score, rows, Zeros::kSkip);
@@ -349,7 +354,9 @@ class ForwardKernel {
         }
       }
       for (std::int64_t r = 0; band.has_low_scores() && r < rows; ++r) {
-        if (sum_lanes<T>(load(buffer.total + r * kLanes<T>)) == T(0)) return false;
+        const auto scaled = score.scale(p.mask_kind != MaskKind::kNone);
+        const bool is_low = scaled(splat(buffer.maximum[r]))[0] < PlainBand<Score>::kLowest + 256;
+        if (is_low || sum_lanes<T>(load(buffer.total + r * kLanes<T>)) == T(0)) return false;
       }
       return true;
     }
@@ -369,6 +376,7 @@ class ForwardKernel {
       clear_sums(buffer, rows);
       if constexpr (kHasPlainBands) {
         if (!running_maxima && zeros == Zeros::kMultiply) {
+          used_references = true;
           if (attend_plainly(buffer, score, rows)) return;
           running_maxima = true;
           clear_sums(buffer, rows);
@@ -387,13 +395,20 @@ class ForwardKernel {
           const std::int64_t end = smaller(r + Operand::kBandRows, rows);
           score_tile(buffer, score, block, r, end);
           if (!has_references(buffer, score, block, r, end)) {
+            if (used_references && !running_maxima) {
+              // Weights above their reference cannot be put relative to another one.
+              running_maxima = true;
+              return attend(buffer, score, rows, zeros);
+            }
             find_maxima(buffer, score, block, r, end, zeros);
             find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
           } else if constexpr (kMasksWeights) {
+            used_references = true;
             with_mask_rows<T>(k.p_, b, head(r), query(r), [&](auto&& mask) {
               find_weights(buffer, score, block, r, end, zeros, mask);
             });
           } else {
+            used_references = true;
             find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
           }
           add_values(buffer, block, r, end, zeros);
@@ -777,6 +792,9 @@ class ForwardKernel {
         const Vec<T> maximum = scaled(load(buffer.maximum + r));
         // x - x is NaN if x is not finite
         check += total == Vec<T>{} ? Vec<T>{} : (total - total) + (maximum - maximum);
+        // Far above the reference there are no digits left.
+        constexpr T most = sizeof(T) == 8 ? T(0x1p500) : T(0x1p60);
+        check += total > splat(most) ? splat(infinity<T>() - infinity<T>()) : Vec<T>{};
         const Vec<T> factor = reciprocal_of_total(total);
         const Vec<T> lse = lse_of(total, maximum);
         for (int x = 0; x < n; ++x) {

@@ -27,6 +27,7 @@ class PlainBand {
   using Operand = typename Score::Operand;
   using T = typename Operand::Scalar;
   static constexpr int kRows = Operand::kTileRows;
+  static constexpr T kLowest = -65536;  // of a reference, scaled: as can_subtract()
 
   static std::int64_t scores_size() { return kRows * kScoreStride; }
   static std::int64_t weights_size(std::int64_t block_keys) {
@@ -106,7 +107,6 @@ class PlainBand {
   static std::int64_t weights_stride(std::int64_t block_keys) {
     return Operand::words(block_keys) + kLanes<T>;
   }
-  static constexpr T kLowest = -65536;  // of a reference, scaled: as can_subtract()
 
   template <typename Mask>
   using Plain = std::remove_reference_t<Mask>;

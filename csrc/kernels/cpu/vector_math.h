@@ -144,7 +144,7 @@ TSA_INLINE VecD exp_2x(VecD x) {
 TSA_INLINE float log_of(float x) { return __builtin_logf(x); }
 TSA_INLINE double log_of(double x) { return __builtin_log(x); }
 
-// log(2^exponent x) for normal x > 0 or NaN, to about 1 ulp of the larger of log x and the result.
+// log(2^exponent x) for normal x > 0 or NaN, to about 1 ulp of the larger of 1 and the result.
 template <typename T>
 TSA_INLINE Vec<T> log_scaled(Vec<T> x, Vec<T> exponent) {
 #if defined(__FMA__)
@@ -161,7 +161,12 @@ TSA_INLINE Vec<T> log_scaled(Vec<T> x, Vec<T> exponent) {
     p = fma(p, z, splat(2.f / 3.f));
     const VecF log_m = fma(s * z, p, s + s) + (x - x);  // NaN stays NaN
     const VecF ln2 = splat(Math<float>::ln2);
-    return fma(exponent, ln2, fma(__builtin_convertvector(n, VecF), ln2, log_m));
+    // exponent + n = sum + rest, exactly: it may be small beside either.
+    const VecF power = __builtin_convertvector(n, VecF);
+    const VecF sum = exponent + power;
+    const VecF part = sum - exponent;
+    const VecF rest = (exponent - (sum - part)) + (power - part);
+    return fma(sum, ln2, fma(rest, ln2, log_m));
   }
 #endif
   Vec<T> result{};

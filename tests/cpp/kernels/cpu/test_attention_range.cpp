@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "catch2_any.h"
 #include "kernels/cpu/attention_checks.h"
@@ -78,6 +79,48 @@ TEST_CASE("scores that rise far above those of the first keys") {
     CHECK(relative_error(got.out, expected.out) <
           tolerance(dtype) + epsilon * rise * largest_exponent);
     CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+  });
+}
+
+TEST_CASE("single scores that rise above their reference, in shares of keys and before garbage") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  struct Rise {
+    std::int64_t keys;
+    std::vector<std::pair<std::int64_t, double>> scores;
+  };
+  const Rise rise =
+      GENERATE(Rise{1024, {{0, 88.0}, {800, 88.5}}}, Rise{1024, {{300, 88.5}, {800, 88.5}}},
+               Rise{1000, {{300, 88.5}, {600, 88.0}, {601, -1e38}}},
+               Rise{9000, {{5000, 86.0}, {8999, 86.5}}});
+  Case c;
+  c.name = "single rises";
+  c.dtype = dtype;
+  c.batch = c.heads = c.kv_heads = 1;
+  c.query_length = 40, c.key_length = rise.keys, c.head_dim = 32, c.scale = 1.0;
+  Instance instance(c);
+  instance.query.fill([](auto, auto, auto, auto d) { return d == 0 ? 1.0 : 0.0; });
+  instance.key.fill([](auto...) { return 0.0; });
+  for (const auto& [key, score] : rise.scores) instance.key.set(0, 0, key, 0, score);
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(2));
+    CHECK(relative_error(got.out, expected.out) < tolerance(dtype) + 1e-5);
+    CHECK(relative_error(got.lse, expected.lse) < 1e-6);
+  });
+}
+
+TEST_CASE("scores on both sides of the lowest reference") {
+  Case c;
+  c.name = "low scores";
+  c.dtype = DType::kBFloat16;
+  c.batch = c.heads = c.kv_heads = 1;
+  c.query_length = 40, c.key_length = 128, c.head_dim = 2, c.scale = 1.0;
+  Instance instance(c);
+  instance.query.fill([](auto, auto, auto, auto d) { return d == 0 ? 256.0 : 1.0; });
+  instance.key.fill(
+      [](auto, auto, auto l, auto d) { return d == 0 ? -177.0 : (l < 64 ? -115.0 : -113.0); });
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(1));
+    CHECK(relative_error(got.out, expected.out) < tolerance(c.dtype));
   });
 }
 
