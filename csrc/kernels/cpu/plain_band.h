@@ -18,7 +18,7 @@
 //
 // So few keys at a time, since 32 rows of 256 scores and what they are made of are more than L1
 // holds; and in the time of 64 keys the tile unit does not fall asleep (amx_tiles.h).
-// Bound: 2^x, two thirds of the time at 64 elements; at 128 loading keys and values from L2.
+// Bound: 2^x, two fifths of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename Score>
