@@ -712,8 +712,7 @@ class ForwardKernel {
                                Vec<T> shift, const MaskRow& mask) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        const Vec<T> x = scaled.minus(load(row + j), shift);
-        return exp2_or_infinity<T>(mask.change(j - begin, x));
+        return exp2_or_infinity<T>(mask.relative(j - begin, load(row + j), scaled, shift));
       };
       T* words = row + begin / Operand::kPack;
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
@@ -789,12 +788,16 @@ class ForwardKernel {
           lanes[x] = x < n ? load(buffer.total + (r + x) * kLanes<T>) : Vec<T>{};
         }
         const Vec<T> total = joined_lanes<T>(lanes, [](Vec<T> a, Vec<T> b) { return a + b; });
-        const Vec<T> maximum = scaled(load(buffer.maximum + r));
-        // x - x is NaN if x is not finite
-        check += total == Vec<T>{} ? Vec<T>{} : (total - total) + (maximum - maximum);
+        const Vec<T> none = splat(-infinity<T>());
+        const Vec<T> nan = none - none;
+        const Vec<T> reference = first_lanes<T>(load(buffer.maximum + r), n, none);
+        const Vec<T> maximum = scaled(reference);
+        // x - x is NaN if x is not finite. A row of no weight has no reference, or has lost them.
+        const Vec<T> of_empty = reference > none ? nan : Vec<T>{};
+        check += total == Vec<T>{} ? of_empty : (total - total) + (maximum - maximum);
         // Far above the reference there are no digits left.
         constexpr T most = sizeof(T) == 8 ? T(0x1p500) : T(0x1p60);
-        check += total > splat(most) ? splat(infinity<T>() - infinity<T>()) : Vec<T>{};
+        check += total > splat(most) ? nan : Vec<T>{};
         const Vec<T> factor = reciprocal_of_total(total);
         const Vec<T> lse = lse_of(total, maximum);
         for (int x = 0; x < n; ++x) {

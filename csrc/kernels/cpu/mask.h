@@ -120,14 +120,20 @@ inline bool allows_any(const AttentionProblem& p, std::int64_t offset, std::int6
   return any;
 }
 
-// What a mask makes of the scaled scores of row r of some rows, of which it is asked for n <= kMost
-// keys at a time; change(j, x) is for the vector of keys from the j-th of them. Hidden keys become
-// -inf, and the smallest biases may; limited() keeps these apart.
+// What a mask makes of the scores of row r of some rows, of which it is asked for n <= kMost keys
+// at a time: for the vector of keys from the j-th of them relative(j, product, scaled, shift) is
+// the score, masked, less the shift, and limited(j, score) the masked score. Hidden keys become
+// -inf, and the smallest biases may; limited() keeps these apart. A bias is added before the shift
+// is subtracted: it may cancel the score.
 template <typename T>
 struct NoMask {
   static constexpr bool kChanges = false;
   struct Row {
-    TSA_INLINE Vec<T> change(std::int64_t /*j*/, Vec<T> x) const { return x; }
+    template <typename Scale>
+    TSA_INLINE Vec<T> relative(std::int64_t /*j*/, Vec<T> product, const Scale& scaled,
+                               Vec<T> shift) const {
+      return scaled.minus(product, shift);
+    }
     TSA_INLINE Vec<T> limited(std::int64_t /*j*/, Vec<T> x) const { return x; }
   };
   Row row(std::int64_t /*r*/, std::int64_t /*key*/, int /*n*/) { return {}; }
@@ -170,10 +176,14 @@ struct BoolMaskRows : MaskRows<T, std::uint8_t> {
   using MaskRows<T, std::uint8_t>::MaskRows;
   struct Row {
     const std::uint8_t* elements;
-    TSA_INLINE Vec<T> change(std::int64_t j, Vec<T> x) const {
+    template <typename Scale>
+    TSA_INLINE Vec<T> relative(std::int64_t j, Vec<T> product, const Scale& scaled,
+                               Vec<T> shift) const {
+      return limited(j, scaled.minus(product, shift));
+    }
+    TSA_INLINE Vec<T> limited(std::int64_t j, Vec<T> x) const {
       return nonzero_bytes<T>(elements + j) ? x : splat(-infinity<T>());
     }
-    TSA_INLINE Vec<T> limited(std::int64_t j, Vec<T> x) const { return change(j, x); }
   };
   TSA_INLINE Row row(std::int64_t r, std::int64_t key, int n) {
     return {this->elements(r, key, n)};
@@ -185,8 +195,11 @@ struct FloatMaskRows : MaskRows<T, typename Storage<dtype>::type> {
   using MaskRows<T, Element>::MaskRows;
   struct Row {
     const Element* elements;
-    TSA_INLINE Vec<T> change(std::int64_t j, Vec<T> x) const {
-      return fma(load_widened<T, dtype>(elements + j), splat(Math<T>::log2e), x);
+    template <typename Scale>
+    TSA_INLINE Vec<T> relative(std::int64_t j, Vec<T> product, const Scale& scaled,
+                               Vec<T> shift) const {
+      const Vec<T> bias = load_widened<T, dtype>(elements + j);
+      return fma(bias, splat(Math<T>::log2e), scaled(product)) - shift;
     }
     TSA_INLINE Vec<T> limited(std::int64_t j, Vec<T> x) const {
       return add_bias<T>(x, load_widened<T, dtype>(elements + j), infinity<T>());

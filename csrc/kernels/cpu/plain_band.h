@@ -226,7 +226,7 @@ class PlainBand {
       const auto row = mask.row(r, first + u, kKeys);
       const Vec<T> shift = splat(shifts_[r]);
       const auto weights = [&](int j) __attribute__((always_inline)) {
-        const Vec<T> x = row.change(j, scaled.minus(load(scores + j), shift));
+        const Vec<T> x = row.relative(j, load(scores + j), scaled, shift);
         const Vec<T> p = exp2_or_infinity<T>(x);
         return kAllSeeAll ? p : seen.select(j, p, Vec<T>{});
       };

@@ -124,6 +124,37 @@ TEST_CASE("scores on both sides of the lowest reference") {
   });
 }
 
+TEST_CASE("biases that cancel scores") {
+  // Scores of 2^36 less biases that leave 4096.
+  constexpr double score = 68719476736.0;
+  const std::int64_t key_length = GENERATE(70, 257, 700);
+  Case c;
+  c.name = "cancelling biases, " + std::to_string(key_length);
+  c.dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  c.batch = c.heads = c.kv_heads = 1;
+  c.query_length = 40, c.key_length = key_length, c.head_dim = 64, c.scale = 1.0;
+  c.mask = MaskKind::kFloat, c.mask_probability = 1.0;
+  const bool others = GENERATE(false, true);  // are allowed, with scores of 0
+  Instance instance(c);
+  auto* mask = static_cast<float*>(const_cast<void*>(instance.problem.mask.data));
+  const auto is_large = [&](std::int64_t key) {
+    return key == 0 || (others && key == key_length - 1);
+  };
+  instance.query.fill([](auto, auto, auto, auto d) { return d == 0 ? 262144.0 : 0.0; });
+  instance.key.fill(
+      [&](auto, auto, auto l, auto d) { return d == 0 && is_large(l) ? 262144.0 : 0.0; });
+  for (std::int64_t n = 0; n < c.query_length * key_length; ++n) {
+    const double bias = is_large(n % key_length) ? 4096.0 - score : (others ? 0.0 : -kInfinity);
+    mask[n] = static_cast<float>(bias);
+  }
+  for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+    const Results got = instance.run(candidate, threads(1));
+    CHECK(relative_error(got.out, expected.out) < tolerance(c.dtype));
+    // The score and its bias are rounded to 8192 in units of log2.
+    CHECK(std::abs(got.lse[0] - expected.lse[0]) < 8192);
+  });
+}
+
 TEST_CASE("the log-sum-exp of a few and of many keys") {
   const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16, DType::kFloat64);
   Case c;
