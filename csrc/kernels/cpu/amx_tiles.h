@@ -52,12 +52,6 @@ struct Bfloat16Tiles : Bfloat16Pairs {
     Session& operator=(const Session&) = delete;
   };
 
-  // The tile unit goes to sleep when it has had no product for half a microsecond, and takes a
-  // quarter to wake up. So this is to be called every kAwakeRows rows of a pass over the scores,
-  // between products: it makes one whose sum nobody reads.
-  static constexpr std::int64_t kAwakeRows = 8;
-  static TSA_INLINE void stay_awake() { _tile_dpbf16ps(3, 5, 7); }
-
   // C(i, :) (+)= sum_k A(i, k) B(k, :) for rows <= kTileRows and kVectors vectors of columns; k
   // counts words, depth is a multiple of kLanes. Step s of A begins at a + s * a_step.
   template <int kVectors, bool kAdd>

@@ -63,7 +63,7 @@ template <typename T, DType dtype, int kRows, bool kTail>
     }
   }
   T total[lanes];
-  store(total, joined_lanes<T>(sum, [](Vec<T> a, Vec<T> b) { return a + b; }));
+  store(total, sums_of_lanes<T>(sum));
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     __builtin_memcpy(scores + r * ld, total + r * kKeys, kKeys * sizeof(T));

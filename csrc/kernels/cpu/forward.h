@@ -22,10 +22,11 @@
 // see; panels that the mask hides from a group are left out (TileRanges). Tiles of AMX mostly go
 // another way through a block, plain_band.h.
 //
-// Weights are relative to the row's maximum in the first block of which it sees a key, where that
-// can be (first_references_, has_references), no maximum is looked for after it, and a mask is
-// added on the way to the weights. If later scores rise so far that a weight or a sum overflows,
-// the block of rows is computed again by running maxima; so it is with ALiBi from the start.
+// Of dot products without ALiBi, weights are relative to the row's maximum in the first block of
+// which it sees a key; no maximum is looked for after it, and a mask is added on the way to the
+// weights (first_references_, has_references). If the sum of a row shows that later scores rose far
+// above that, the block of rows is computed again by running maxima, as all others are from the
+// start.
 //
 // Keys are packed once per head and shared if many tasks read them, else by the task itself, or
 // read where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
@@ -46,9 +47,11 @@ class ForwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
-  // Else the time that a mask takes in scores of its own is next to nothing.
-  static constexpr bool kMasksWeights =
-      std::is_same_v<Score, DotScore<Operand>> && Operand::kFinishes;
+  // Other scores take so long that looking for maxima, and masks in a pass of their own, do not
+  // matter; nor are they known to be bounded.
+  static constexpr bool kKeepsReferences =
+      std::is_same_v<Score, DotScore<Operand>> && !kHasPlainBands;
+  static_assert(Operand::kBlockKeys <= kMaskKeys);
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
@@ -107,8 +110,6 @@ class ForwardKernel {
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
     // Scores of a block and its packed keys stay within a part of L2.
-    const bool reads_mask = (kHasPlainBands || kMasksWeights) && p_.mask.stride[3] == 1;
-    first_references_ = p_.slopes == nullptr && (p_.mask_kind == MaskKind::kNone || reads_mask);
     constexpr std::int64_t most = Operand::kBlockKeys;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
@@ -133,7 +134,9 @@ class ForwardKernel {
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
                    blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
     // What is merged must be relative to maxima.
-    first_references_ = first_references_ && splits_ == 1;
+    first_references_ = (kHasPlainBands || kKeepsReferences) && splits_ == 1 &&
+                        p_.slopes == nullptr &&
+                        (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
     own_panels_ = !Score::kInPlace && !shared_keys_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
@@ -244,7 +247,7 @@ class ForwardKernel {
     int thread;
     std::int64_t b, h0, i0, split;  // from query i0 of head h0
     bool used_references = false;
-    bool running_maxima = false;  // else a row's reference is the maximum of its first block
+    bool running_maxima = false;  // else a row's reference is its maximum in its first keys
 
     // Row r of the block: as many queries of each head, head by head.
     std::int64_t queries() const { return smaller(k.block_rows_, k.p_.query_length - i0); }
@@ -341,24 +344,24 @@ class ForwardKernel {
         if (!score.are_bounded(block.bounds, (count + kPanel<T> - 1) / kPanel<T>)) return false;
         for (std::int64_t r = 0; r < rows; r += kGroupRows) {
           bool added = false;
-          with_mask_rows<T>(p, b, head(r), query(r), [&](auto&& mask) {
+          with_mask_rows<T>(p, b, head(r), query(r), [&](auto mask) {
             added = band.add({buffer.queries + r * Score::query_size(p.head_dim),
-                              smaller<std::int64_t>(rows - r, kGroupRows), buffer.ranges->begin + r,
-                              buffer.ranges->end + r, buffer.maximum + r,
+                              smaller<std::int64_t>(rows - r, kGroupRows), buffer.maximum + r,
                               buffer.total + r * kLanes<T>, buffer.sums + r * k.width_, k.width_},
-                             {first, count, block.panels, block.values, block.value_ld,
-                              tile.panels[r / kGroupRows]},
-                             mask);
+                             {first, block.panels, block.values, block.value_ld}, tile,
+                             r / kGroupRows, mask);
           });
           if (!added) return false;
         }
       }
-      for (std::int64_t r = 0; band.has_low_scores() && r < rows; ++r) {
-        const auto scaled = score.scale(p.mask_kind != MaskKind::kNone);
-        const bool is_low = scaled(splat(buffer.maximum[r]))[0] < PlainBand<Score>::kLowest + 256;
-        if (is_low || sum_lanes<T>(load(buffer.total + r * kLanes<T>)) == T(0)) return false;
+      if (!band.has_low_scores()) return true;
+      // A row may still wait for a reference, or have one that low scores are not far below.
+      const auto scaled = score.scale(p.mask_kind != MaskKind::kNone);
+      IntVec<T> low{};
+      for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
+        low |= scaled(load(buffer.maximum + r)) < splat(PlainBand<Score>::kLowest + 256);
       }
-      return true;
+      return !any_lane<T>(low);
     }
 
     // Of a block of keys; false: the mask leaves nothing of it.
@@ -394,23 +397,24 @@ class ForwardKernel {
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
           const std::int64_t end = smaller(r + Operand::kBandRows, rows);
           score_tile(buffer, score, block, r, end);
-          if (!has_references(buffer, score, block, r, end)) {
+          if constexpr (kKeepsReferences) {
+            if (has_references(buffer, score, block, r, end)) {
+              used_references = true;
+              with_mask_rows<T>(k.p_, b, head(r), query(r), [&](auto mask) {
+                find_weights(buffer, score, block, r, end, zeros, mask);
+              });
+              add_values(buffer, block, r, end, zeros);
+              continue;
+            }
             if (used_references && !running_maxima) {
               // Weights above their reference cannot be put relative to another one.
               running_maxima = true;
               return attend(buffer, score, rows, zeros);
             }
-            find_maxima(buffer, score, block, r, end, zeros);
-            find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
-          } else if constexpr (kMasksWeights) {
-            used_references = true;
-            with_mask_rows<T>(k.p_, b, head(r), query(r), [&](auto&& mask) {
-              find_weights(buffer, score, block, r, end, zeros, mask);
-            });
-          } else {
-            used_references = true;
-            find_weights(buffer, score, block, r, end, zeros, NoMask<T>{});
           }
+          NoMask<T> applied;  // to the scores
+          find_maxima(buffer, score, block, r, end, zeros);
+          find_weights(buffer, score, block, r, end, zeros, applied);
           add_values(buffer, block, r, end, zeros);
         }
       }
@@ -500,7 +504,7 @@ class ForwardKernel {
       }
       // A row may be waiting for its first key, or be hidden by the smallest number so far; beside
       // a bias of this size a score has no digits left.
-      const Vec<T> most = splat(masked ? T(65536) : infinity<T>());
+      const Vec<T> most = splat(masked ? kMostShift<T> : infinity<T>());
       IntVec<T> missing{};
       for (std::int64_t r = first_row; r < end_row; r += kLanes<T>) {
         const Vec<T> maximum = load(buffer.maximum + r);
@@ -535,9 +539,8 @@ class ForwardKernel {
             largest[x] = row_maximum<false>(buffer, score, block, r + x, zeros);
           }
         }
-        const auto larger_one = [](Vec<T> a, Vec<T> b) { return at_least(a, b); };
         raise_maxima(buffer, r, smaller<std::int64_t>(kLanes<T>, end_row - r),
-                     joined_lanes<T>(largest, larger_one), score.scale(changes));
+                     maxima_of_lanes<T>(largest), score.scale(changes));
       }
     }
 
@@ -582,12 +585,11 @@ class ForwardKernel {
     // maximum.
     template <typename Mask>
     void find_weights(Buffers& buffer, const Score& score, const KeyBlock& block,
-                      std::int64_t first_row, std::int64_t end_row, Zeros zeros, Mask&& mask) {
+                      std::int64_t first_row, std::int64_t end_row, Zeros zeros, Mask& mask) {
       const TileRanges<T>& tile = *buffer.tile;
       const bool changes = changes_scores(score, zeros);
       const auto scaled = score.scale(changes);
       for (std::int64_t r = first_row; r < end_row; ++r) {
-        if (r % Operand::kAwakeRows == 0) Operand::stay_awake();
         const std::int64_t g = r / kGroupRows;
         const T maximum = buffer.maximum[r];
         // While every key is masked out the maximum is -inf: 2^(-inf - 0) is the 0 that is wanted.
@@ -787,7 +789,7 @@ class ForwardKernel {
         for (std::int64_t x = 0; x < kLanes<T>; ++x) {
           lanes[x] = x < n ? load(buffer.total + (r + x) * kLanes<T>) : Vec<T>{};
         }
-        const Vec<T> total = joined_lanes<T>(lanes, [](Vec<T> a, Vec<T> b) { return a + b; });
+        const Vec<T> total = sums_of_lanes<T>(lanes);
         const Vec<T> none = splat(-infinity<T>());
         const Vec<T> nan = none - none;
         const Vec<T> reference = first_lanes<T>(load(buffer.maximum + r), n, none);

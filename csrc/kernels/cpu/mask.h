@@ -120,9 +120,11 @@ inline bool allows_any(const AttentionProblem& p, std::int64_t offset, std::int6
   return any;
 }
 
-// What a mask makes of the scores of row r of some rows, of which it is asked for n <= kMost keys
-// at a time: for the vector of keys from the j-th of them relative(j, product, scaled, shift) is
-// the score, masked, less the shift, and limited(j, score) the masked score. Hidden keys become
+constexpr int kMaskKeys = 256;  // in whole vectors
+
+// What a mask makes of the scores of row r of some rows, of which it is asked for up to kMaskKeys
+// keys at a time: for the vector of keys from the j-th of them relative(j, product, scaled, shift)
+// is the score, masked, less the shift, and limited(j, score) the masked score. Hidden keys become
 // -inf, and the smallest biases may; limited() keeps these apart. A bias is added before the shift
 // is subtracted: it may cancel the score.
 template <typename T>
@@ -149,8 +151,6 @@ class MaskRows {
       : first_(first), row_stride_(row_stride), keys_(keys) {}
 
  protected:
-  static constexpr int kMost = 256 + kLanes<T>;  // a block of keys in whole vectors
-
   // n elements from `key` on, zeros behind the last of a row.
   TSA_INLINE const Element* elements(std::int64_t r, std::int64_t key, int n) {
     const Element* const from = first_ + r * row_stride_ + key;
@@ -169,7 +169,7 @@ class MaskRows {
  private:
   const Element* first_;
   std::int64_t row_stride_, keys_;
-  Element last_[kMost];
+  Element last_[kMaskKeys];
 };
 template <typename T>
 struct BoolMaskRows : MaskRows<T, std::uint8_t> {

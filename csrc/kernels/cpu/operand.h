@@ -36,9 +36,6 @@ struct VectorProducts {
   static constexpr std::int64_t kGradientKeys = 128;
   static constexpr bool kTransposes = false;  // the left operand must lie along rows
   static constexpr bool kFinishes = true;     // a sum can be changed before it is stored
-  // Vector units do not fall asleep (amx_tiles.h).
-  static constexpr std::int64_t kAwakeRows = std::int64_t{1} << 32;
-  static TSA_INLINE void stay_awake() {}
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
 };

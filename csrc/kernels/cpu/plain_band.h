@@ -1,10 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/mask.h"
+#include "kernels/cpu/score.h"
 #include "kernels/cpu/tile.h"
 
 // Attention of a register tile's rows where nothing but a mask stands between the product and the
@@ -13,11 +13,10 @@
 //
 // The weights of a row are relative to a reference that stays: its largest score in the first two
 // panels of which it sees a key. After these no maximum is looked for. Should later scores rise so
-// far above it that a weight overflows, the sums are not finite, and the caller has the rows
-// computed again, by running maxima.
+// far above it, the sums show it, and the caller has the rows computed again, by running maxima.
 //
-// So few keys at a time, since 32 rows of 256 scores and what they are made of are more than L1
-// holds; and in the time of 64 keys the tile unit does not fall asleep (amx_tiles.h).
+// So few keys at a time, since 32 rows of 256 scores beside what they are made of do not stay in
+// L1; and in the time of 64 keys the tile unit does not fall asleep (docs/kernels.md).
 // Bound: 2^x, two fifths of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
@@ -27,28 +26,27 @@ class PlainBand {
   using Operand = typename Score::Operand;
   using T = typename Operand::Scalar;
   static constexpr int kRows = Operand::kTileRows;
-  static constexpr T kLowest = -65536;  // of a reference, scaled: as can_subtract()
+  static constexpr T kLowest = -kMostShift<T>;  // of a reference, scaled
 
   static std::int64_t scores_size() { return kRows * kScoreStride; }
   static std::int64_t weights_size(std::int64_t block_keys) {
     return kRows * weights_stride(block_keys);
   }
 
+  // Of a group of rows.
   struct Queries {
     const T* packed;
-    std::int64_t rows;                // up to kRows
-    const std::int64_t *begin, *end;  // of the keys that each sees
-    T* references;                    // -inf: has seen no key
-    T* totals;                        // [rows][kLanes], lanes of the sum of the weights
-    T* sums;                          // [rows][width], of the weighted values
+    std::int64_t rows;  // up to kRows
+    T* references;      // -inf: has seen no key
+    T* totals;          // [rows][kLanes], lanes of the sum of the weights
+    T* sums;            // [rows][width], of the weighted values
     std::int64_t width;
   };
   struct Keys {
-    std::int64_t first, count;
+    std::int64_t first;
     const T* panels;
     const T* values;  // packed across rows
     std::int64_t value_ld;
-    std::uint64_t seen;  // a bit for each panel: the mask allows a pair there
   };
 
   // To work in: scores[scores_size()] and weights[weights_size()].
@@ -59,40 +57,35 @@ class PlainBand {
         weights_(weights),
         weights_stride_(weights_stride(block_keys)) {}
 
-  // Adds a block of keys to references, totals and sums. False: scores are too large for this way.
+  // Adds a block of keys, of which `tile` says what rows of group g see, to references, totals and
+  // sums. False: scores are too large for this way.
   template <typename Mask>
-  bool add(const Queries& q, const Keys& keys, Mask&& mask) {
-    find_ranges(q, keys);
-    if (some_.begin >= some_.end) return true;
-    const std::int64_t end = round_up(some_.end, Operand::kStep);
-    std::int64_t u = some_.begin / kPanel<T> * kPanel<T>;
-    std::int64_t first_weight = u;
-    bool all_have_references = find_shifts<Plain<Mask>>(q);
-    const auto seen = [&](std::int64_t x) {
-      return x < end && (keys.seen >> x / kPanel<T> & 1) != 0;
-    };
-    while (u < end) {
-      if (!seen(u)) {
-        add_values(q, keys, first_weight, u);
-        u += kPanel<T>;
-        first_weight = u;
-        continue;
-      }
-      const int n = seen(u + kPanel<T>) ? kAtOnce : kPanel<T>;
-      for (int x = 0; x < n; x += kPanel<T>) {
-        score_.scores(q.packed, 0, q.rows, keys.panels + (u + x) * key_size_, T(0),
-                      keys.first + u + x, scores_ + x, kScoreStride);
-      }
-      const bool all_see_all = all_.begin <= u && u + n <= all_.end;
-      if (!all_have_references) {
-        find_references(q, keys.first + u, n, all_see_all, mask);
-        all_have_references = find_shifts<Plain<Mask>>(q);
-      }
-      if (!can_subtract_) return false;
-      find_weights(q, keys.first, u, n, all_see_all, mask);
-      u += n;
+  bool add(const Queries& q, const Keys& keys, const TileRanges<T>& tile, std::int64_t g,
+           Mask& mask) {
+    begin_ = tile.begin + g * kRows;
+    end_ = tile.end + g * kRows;
+    KeyRange all = {0, tile.columns};  // what every row sees
+    for (std::int64_t r = 0; r < q.rows; ++r) {
+      all = {larger(all.begin, begin_[r]), smaller(all.end, end_[r])};
     }
-    add_values(q, keys, first_weight, end);
+    bool all_have_references = find_shifts<Mask>(q);
+    for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
+      for (std::int64_t u = s.begin; u < s.end; u += kAtOnce) {
+        const int n = s.end - u < kAtOnce ? kPanel<T> : kAtOnce;
+        for (int x = 0; x < n; x += kPanel<T>) {
+          score_.scores(q.packed, 0, q.rows, keys.panels + (u + x) * key_size_, T(0),
+                        keys.first + u + x, scores_ + x, kScoreStride);
+        }
+        const bool all_see_all = all.begin <= u && u + n <= all.end;
+        if (!all_have_references) {
+          find_references(q, keys.first, u, n, all_see_all, mask);
+          all_have_references = find_shifts<Mask>(q);
+        }
+        if (!can_subtract_) return false;
+        find_weights(q, keys.first, u, n, all_see_all, mask);
+      }
+      add_values(q, keys, s);
+    }
     return true;
   }
 
@@ -108,30 +101,12 @@ class PlainBand {
     return Operand::words(block_keys) + kLanes<T>;
   }
 
-  template <typename Mask>
-  using Plain = std::remove_reference_t<Mask>;
-
-  // Keys of the block, from its first, that some row sees, and those that all do.
-  void find_ranges(const Queries& q, const Keys& keys) {
-    some_ = {keys.count, 0};
-    all_ = {0, keys.count};
-    for (std::int64_t r = 0; r < q.rows; ++r) {
-      const KeyRange row = {larger<std::int64_t>(q.begin[r] - keys.first, 0),
-                            smaller(q.end[r] - keys.first, keys.count)};
-      all_ = {larger(all_.begin, row.begin), smaller(all_.end, row.end)};
-      if (row.begin >= row.end) continue;
-      some_ = {smaller(some_.begin, row.begin), larger(some_.end, row.end)};
-    }
-  }
-
-  // Of the weights of keys [begin, end) of the block.
-  void add_values(const Queries& q, const Keys& keys, std::int64_t begin, std::int64_t end) const {
-    if (begin >= end) return;
-    const std::int64_t from = Operand::words(begin);
+  void add_values(const Queries& q, const Keys& keys, KeyRange span) const {
+    const std::int64_t from = Operand::words(span.begin);
     for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
       multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights_ + from, weights_stride_,
                                     keys.values + from * keys.value_ld + d, keys.value_ld,
-                                    Operand::words(end) - from, q.sums + d, q.width,
+                                    Operand::words(span.end) - from, q.sums + d, q.width,
                                     smaller<std::int64_t>(kStrip<T>, q.width - d));
     }
   }
@@ -154,27 +129,27 @@ class PlainBand {
     return all;
   }
 
-  // Which of the keys [u, u + kAtOnce) of the block a row sees.
+  // Which of the columns [u, u + kAtOnce) of the block row r sees.
   struct Seen {
     Vec<T> begin, end;
 
-    Seen(const Queries& q, std::int64_t r, std::int64_t first)
-        : begin(splat(place(q.begin[r] - first))), end(splat(place(q.end[r] - first))) {}
+    Seen(const PlainBand& band, std::int64_t r, std::int64_t u)
+        : begin(splat(place(band.begin_[r] - u))), end(splat(place(band.end_[r] - u))) {}
     // v where lane l stands for a key that is seen, key j + l; `other` elsewhere.
     TSA_INLINE Vec<T> select(int j, Vec<T> v, Vec<T> other) const {
       const Vec<T> key = lane_numbers<T>() + splat(static_cast<T>(j));
       return ((key >= begin) & (key < end)) ? v : other;
     }
-    static T place(std::int64_t key) {  // in T it is exact
-      return static_cast<T>(smaller<std::int64_t>(larger<std::int64_t>(key, 0), kAtOnce));
+    static T place(std::int64_t column) {  // in T it is exact
+      return static_cast<T>(smaller<std::int64_t>(larger<std::int64_t>(column, 0), kAtOnce));
     }
   };
 
-  // Of rows that have none and see any of the n keys from `first`, whose scores are there. A row of
+  // Of rows that have none and see any of the n columns from u, whose scores are there. A row of
   // very low scores waits for others.
   template <typename Mask>
-  [[gnu::noinline]] void find_references(const Queries& q, std::int64_t first, int n,
-                                         bool all_see_all, Mask& mask) {
+  [[gnu::noinline]] void find_references(const Queries& q, std::int64_t first, std::int64_t u,
+                                         int n, bool all_see_all, Mask& mask) {
     const auto scaled = score_.scale(!Mask::kChanges);
     for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
       Vec<T> largest[kLanes<T>];
@@ -182,16 +157,15 @@ class PlainBand {
         largest[x] = splat(-infinity<T>());
         if (r + x >= q.rows) continue;
         const T* const scores = scores_ + (r + x) * kScoreStride;
-        const auto row = mask.row(r + x, first, n);
-        const Seen seen(q, r + x, first);
+        const auto row = mask.row(r + x, first + u, n);
+        const Seen seen(*this, r + x, u);
         for (int j = 0; j < n; j += kLanes<T>) {
           Vec<T> score = row.limited(j, scaled(load(scores + j)));
           if (!all_see_all) score = seen.select(j, score, largest[x]);
           largest[x] = at_least(score, largest[x]);
         }
       }
-      const Vec<T> found =
-          joined_lanes<T>(largest, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
+      const Vec<T> found = maxima_of_lanes<T>(largest);
       const Vec<T> before = load(q.references + r);
       const IntVec<T> missing = before == splat(-infinity<T>());
       // As by the smallest number, where it stands for a hidden key.
@@ -222,7 +196,7 @@ class PlainBand {
     T* words = weights_ + Operand::words(u);
     T* total = q.totals;
     for (std::int64_t r = 0; r < q.rows; ++r) {
-      const Seen seen(q, r, first + u);
+      const Seen seen(*this, r, u);
       const auto row = mask.row(r, first + u, kKeys);
       const Vec<T> shift = splat(shifts_[r]);
       const auto weights = [&](int j) __attribute__((always_inline)) {
@@ -247,7 +221,7 @@ class PlainBand {
   std::int64_t key_size_;
   T *scores_, *weights_;
   std::int64_t weights_stride_;
-  KeyRange some_ = {0, 0}, all_ = {0, 0};
+  const std::int64_t *begin_ = nullptr, *end_ = nullptr;  // columns that rows see
   T shifts_[kRows];
   bool can_subtract_ = true;
   bool has_low_ = false;

@@ -67,18 +67,13 @@ TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
   return v;
 #endif
 }
+// As narrow_bfloat16().
 TSA_INLINE void narrow_bfloat16s(VecF v, std::uint16_t* to) {
-#if defined(__AVX512F__)
-  const auto bits = (__m512i)v;
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  const __m512i narrow = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(narrow));
-#else
-  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow_bfloat16(v[lane]);
-#endif
+  typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const auto bits = (WordVec<float>)v;
+  const WordVec<float> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const WordVec<float> nan = WordVec<float>{} + 0x7fc0u;
+  *reinterpret_cast<Bits*>(to) = __builtin_convertvector(v == v ? rounded : nan, Bits);
 }
 TSA_INLINE void narrow_float16s(VecF v, std::uint16_t* to) {
 #if defined(__AVX512F__)
@@ -133,6 +128,22 @@ inline void load_elements(const void* data, std::int64_t offset, std::int64_t st
     }
   }
 }
+// kLanes<T> elements.
+template <typename T, DType dtype>
+TSA_INLINE void store_narrowed(typename Storage<dtype>::type* to, Vec<T> v) {
+  if constexpr (sizeof(typename Storage<dtype>::type) == sizeof(T)) {
+    store(to, v);
+  } else if constexpr (dtype == DType::kBFloat16 && sizeof(T) == 4) {
+    narrow_bfloat16s(v, to);
+  } else if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
+    narrow_float16s(v, to);
+  } else {
+    using Wide = decltype(Storage<dtype>::widen({}));
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      to[lane] = Storage<dtype>::narrow(static_cast<Wide>(v[lane]));
+    }
+  }
+}
 template <typename T, DType dtype>
 inline void store_elements(void* data, std::int64_t offset, std::int64_t stride, std::int64_t n,
                            const T* from) {
@@ -141,14 +152,7 @@ inline void store_elements(void* data, std::int64_t offset, std::int64_t stride,
   using Wide = decltype(Storage<dtype>::widen(Element{}));
   if (stride == 1) {
     std::int64_t d = 0;
-    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
-      for (; d + kLanes<T> <= n; d += kLanes<T>) narrow_float16s(load(from + d), to + d);
-    }
-#if defined(__AVX512F__)
-    if constexpr (dtype == DType::kBFloat16 && sizeof(T) == 4) {
-      for (; d + kLanes<T> <= n; d += kLanes<T>) narrow_bfloat16s(load(from + d), to + d);
-    }
-#endif
+    for (; d + kLanes<T> <= n; d += kLanes<T>) store_narrowed<T, dtype>(to + d, load(from + d));
     for (; d < n; ++d) to[d] = Storage<dtype>::narrow(static_cast<Wide>(from[d]));
   } else {
     for (std::int64_t d = 0; d < n; ++d) {
@@ -233,21 +237,6 @@ template <typename T>
   }
 }
 
-// kLanes<T> elements.
-template <typename T, DType dtype>
-TSA_INLINE void store_narrowed(typename Storage<dtype>::type* to, Vec<T> v) {
-  if constexpr (sizeof(typename Storage<dtype>::type) == sizeof(T)) {
-    store(to, v);
-  } else if constexpr (dtype == DType::kBFloat16 && sizeof(T) == 4) {
-    narrow_bfloat16s(v, to);
-  } else if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4) {
-    narrow_float16s(v, to);
-  } else {
-    T elements[kLanes<T>];
-    store(elements, v);
-    store_elements<T, dtype>(to, 0, 1, kLanes<T>, elements);
-  }
-}
 template <typename T, DType dtype>
 inline Vec<T> store_scaled_elements(void* data, std::int64_t offset, std::int64_t stride,
                                     std::int64_t n, const T* from, T factor) {

@@ -66,15 +66,20 @@ struct FinishedScores {
   // For what has not been through scale_products, or has.
   Unchanged<T> scale(bool /*done*/) const { return {}; }
 };
+// Beside a shift of this size, in units of log2, a score of float has eight bits behind the point.
+template <typename T>
+constexpr T kMostShift = 65536;
 template <typename T>
 struct UnfinishedScores {
   Vec<T> factor;
 
   bool needs_pass() const { return factor[0] < T(0); }  // for the largest is the least then
-  // Whether product * factor - shift may be rounded once, where the shift is the largest such
-  // product, rounded: by up to half a unit of its last place, 2^-9 here, that one is not 0, and its
-  // weight not 1. The row's sum has the same factor; but far beyond, 2^x would overflow.
-  bool can_subtract(Vec<T> shift) const { return !any_lane<T>(absolute(shift) >= splat(T(65536))); }
+  // Whether product * factor - shift may be rounded once, where the shift is such a product,
+  // rounded: by up to half a unit of its last place, 2^-9 here, that one is not 0, and its weight
+  // not 1. The row's sum has the same factor; but far beyond, 2^x would overflow.
+  bool can_subtract(Vec<T> shift) const {
+    return !any_lane<T>(absolute(shift) >= splat(kMostShift<T>));
+  }
   void scale_products(T* products, std::int64_t n) const {
     for (std::int64_t j = 0; j < n; j += kLanes<T>) {
       store_up_to(products + j, load_up_to(products + j, n - j) * factor, n - j);

@@ -339,5 +339,13 @@ TSA_INLINE Vec<T> joined_lanes(Vec<T> (&v)[kLanes<T>], const Join& join) {
   }
   return v[0];
 }
+template <typename T>
+TSA_INLINE Vec<T> sums_of_lanes(Vec<T> (&v)[kLanes<T>]) {
+  return joined_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <typename T>
+TSA_INLINE Vec<T> maxima_of_lanes(Vec<T> (&v)[kLanes<T>]) {
+  return joined_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return at_least(a, b); });
+}
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
