@@ -44,9 +44,13 @@ const char* avx512_not_supported(const AttentionProblem& /*problem*/) {
   return supported ? nullptr : "this CPU has no AVX-512 (F, BW, VL, DQ)";
 }
 
+bool cpu_has_avx512bf16() {
+  return avx512_not_supported(AttentionProblem{}) == nullptr &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
 const char* avx512bf16_not_supported(const AttentionProblem& problem) {
-  static const bool supported =
-      avx512_not_supported(problem) == nullptr && __builtin_cpu_supports("avx512bf16");
+  static const bool supported = cpu_has_avx512bf16();
   if (!supported) return "this CPU has no AVX512-BF16";
   if (problem.dtype != DType::kBFloat16) return "the inputs are not bfloat16";
   if (problem.score != ScoreKind::kDotProduct) return "the additive score has no products of pairs";
@@ -54,9 +58,10 @@ const char* avx512bf16_not_supported(const AttentionProblem& problem) {
 }
 
 const char* amx_not_supported(const AttentionProblem& problem) {
-  static const bool has_amx = cpu_has_amx();
+  static const bool has_amx = cpu_has_amx() && cpu_has_avx512bf16();
   if (!has_amx) return "this CPU has no AMX for bfloat16";
-  if (const char* const reason = avx512bf16_not_supported(problem)) return reason;
+  if (problem.score != ScoreKind::kDotProduct) return "the additive score has no products of pairs";
+  if (problem.dtype == DType::kFloat64) return "the inputs are float64";
   return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
 #endif

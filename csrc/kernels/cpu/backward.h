@@ -6,6 +6,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/mask_gradient.h"
+#include "kernels/cpu/plain_tile.h"
 #include "kernels/cpu/score_gradient.h"
 #include "kernels/cpu/tile.h"
 
@@ -34,11 +35,13 @@ class BackwardKernel {
   using Operand = typename Gradient::Operand;
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Gradient::kGroupRows;
+  static constexpr bool kHasCarefulPass = Operand::kParts == 1;
 
   BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel), mask_(call) {}
 
-  void run() {
+  // False: as ForwardKernel::run().
+  bool run() {
     plan();
     if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
     Carver size;
@@ -61,6 +64,7 @@ class BackwardKernel {
       Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, t % groups_};
       task.run();
     });
+    if (has_failed()) return false;
     if (groups_ > 1) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
@@ -71,11 +75,15 @@ class BackwardKernel {
     if (call_.grad_weight != nullptr) reduce_grad_weight();
     mask_.reduce(parallel_);
     if (call_.grad_slopes != nullptr) reduce_grad_slopes();
+    return true;
   }
 
  private:
   // Operands of sums along rows and across rows differ; of single elements they are the same.
   static constexpr bool kPacksTwice = Operand::kPack > 1;
+  // Words across rows of the tile take the place of what they are made of; those of tiles lie
+  // apart.
+  static constexpr bool kPacksApart = Operand::kTransposes;
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastTasks = 4;
@@ -166,6 +174,10 @@ class BackwardKernel {
       weights = carver.take<T>(k.block_rows_ * k.score_ld_);
       grad_scores = carver.take<T>(k.block_rows_ * k.score_ld_);
       packed_grad_scores = carver.take<T>(kPacksTwice ? k.block_rows_ * k.packed_ld() : 0);
+      const std::int64_t across = Operand::words(k.block_rows_) * k.score_ld_;
+      weights_across = kPacksApart ? carver.take<T>(across) : weights;
+      grad_scores_across = kPacksApart ? carver.take<T>(across) : grad_scores;
+      if constexpr (kPacksApart) plain_tile = carver.take<T>(PlainTile<Gradient>::size());
       row = carver.take<T>(k.score_ld_);
       grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
       grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
@@ -179,8 +191,9 @@ class BackwardKernel {
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
-    T *weights, *grad_scores, *packed_grad_scores, *row, *grad_key, *grad_key_head, *grad_value,
-        *grad_key_turned, *grad_value_turned, *factors;
+    T *weights, *grad_scores, *packed_grad_scores, *weights_across, *grad_scores_across;
+    T* plain_tile = nullptr;
+    T *row, *grad_key, *grad_key_head, *grad_value, *grad_key_turned, *grad_value_turned, *factors;
     RowRanges* ranges;
     TileRanges<T>* tile;
     std::int64_t bytes;
@@ -197,10 +210,20 @@ class BackwardKernel {
   }
   std::int64_t packed_ld() const { return Operand::words(score_ld_); }
 
+  void fail() const { __atomic_store_n(&failed_, true, __ATOMIC_RELAXED); }
+  bool has_failed() const {
+    return !kHasCarefulPass && __atomic_load_n(&failed_, __ATOMIC_RELAXED);
+  }
+  void check_range(T largest) const {
+    if constexpr (!kHasCarefulPass) {
+      if (!Operand::in_range(largest)) fail();
+    }
+  }
+
   // As the operand of sums over rows: words of neighbouring rows.
-  static void pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  void pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) const {
     if constexpr (Operand::kTransposes) {
-      pack_transposed<Operand>(rows, begin, n, to);
+      check_range(pack_transposed<Operand>(rows, begin, n, to));
     } else {
       pack_across_rows<Operand>(rows, begin, n, to);
     }
@@ -212,7 +235,7 @@ class BackwardKernel {
     const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
     const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
-    const std::int64_t word = first_word(b, h) + begin / Operand::kPack;
+    const std::int64_t word = first_word(b, h) + Operand::words(begin);
     if (copy_query_) {
       pack_over_rows(query, begin, end - begin, query_across_ + word * query_width_);
     }
@@ -325,7 +348,12 @@ class BackwardKernel {
           }
         }
       }
-      if (!run_unit(batches, heads, Zeros::kMultiply)) run_unit(batches, heads, Zeros::kSkip);
+      if (k.has_failed() || run_unit(batches, heads, Zeros::kMultiply)) return;
+      if constexpr (kHasCarefulPass) {
+        run_unit(batches, heads, Zeros::kSkip);
+      } else {
+        k.fail();
+      }
     }
 
     // False if a result is not finite.
@@ -362,8 +390,8 @@ class BackwardKernel {
       for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
         const std::int64_t first = n * k.block_keys_;
         const std::int64_t keys = smaller(k.block_keys_, p.key_length - first);
-        pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first, keys,
-                             buffer.value_panels, Unchanged<T>{});
+        k.check_range(pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first,
+                                           keys, buffer.value_panels, Unchanged<T>{}));
         fill_zero(buffer.grad_key, keys * k.query_width_);
         const Sums dv = value_sums();
         const Sums dk_head = head_key_sums();
@@ -373,7 +401,11 @@ class BackwardKernel {
           alibi = Alibi<T>(p, b, h);
           if (h == hk * per_head || Gradient::Score::kKeysPerQueryHead) {
             gradient.load_keys(b, hk, first, keys, buffer.key_panels, buffer.bounds);
+            if constexpr (!kHasCarefulPass) {
+              if (!gradient.is_in_range()) k.fail();
+            }
           }
+          if (k.has_failed()) return true;
           dk_head.clear(keys);
           for (std::int64_t i = 0; i < p.query_length; i += k.block_rows_) {
             run_tile(gradient, b, h, i, first, keys, zeros);
@@ -494,10 +526,49 @@ class BackwardKernel {
       }
 
       const Matrix query = k.query_along(b, h);
+      gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
+      const bool plain =
+          zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first, keys);
+      const double total = plain ? 0.0 : run_scores(gradient, b, h, i0, rows, first, keys, zeros);
+      const std::int64_t word = Operand::words(i0);
+      const std::int64_t across_ld = (kPacksApart ? 1 : Operand::kPack) * k.score_ld_;
+      const Matrix grad_out_across = k.grad_out_across(b, h);
+      const Matrix query_across = k.query_across(b, h);
+      const Sums dv = value_sums();
+      const Sums dk_head = head_key_sums();
+      add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights_across, across_ld,
+                                         grad_out_across.row(word), grad_out_across.ld, dv.data(),
+                                         dv.ld(), k.value_width_);
+      const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+      GradientTile<T> work;
+      work.ranges = &tile;
+      work.rows = rows;
+      work.keys = keys;
+      work.gradient = kPacksTwice ? buffer.packed_grad_scores : buffer.grad_scores;
+      work.ld = kPacksTwice ? k.packed_ld() : k.score_ld_;
+      work.gradient_across = buffer.grad_scores_across;
+      work.across_ld = across_ld;
+      work.query = query_across.row(word);
+      work.query_ld = query_across.ld;
+      work.grad_query = dq.data + i0 * dq.ld;
+      work.grad_query_ld = dq.ld;
+      work.grad_key = dk_head.data();
+      work.grad_key_ld = dk_head.ld();
+      work.zeros = zeros;
+      double* const sums = Gradient::kHasWeight ? weight_sums(b, h) : nullptr;
+      gradient.accumulate(work, first, buffer.bounds, sums);
+      if (Gradient::kHasWeight) sums[k.query_width_] += total;
+    }
+
+    // Scores, dP, weights and gradients of the tile, packed if the operand asks for it. Returns sum
+    // G.
+    double run_scores(Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i0,
+                      std::int64_t rows, std::int64_t first, std::int64_t keys, Zeros zeros) {
+      const AttentionProblem& p = k.p_;
+      const TileRanges<T>& tile = *buffer.tile;
       const Matrix grad_out = k.grad_out_along(b, h);
       const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
       const std::int64_t value_size = Operand::words(p.value_dim);
-      gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (!tile.touches(g, u)) continue;
@@ -517,35 +588,12 @@ class BackwardKernel {
         total += softmax_row(gradient, b, h, i0 + r, r, g, first, zeros);
       }
       add_mask_gradient(b, h, i0, rows, first, keys);
-      if constexpr (kPacksTwice) pack_tile(tile, rows);
-      const std::int64_t word = i0 / Operand::kPack;
-      const std::int64_t across_ld = Operand::kPack * k.score_ld_;
-      const Matrix grad_out_across = k.grad_out_across(b, h);
-      const Matrix query_across = k.query_across(b, h);
-      const Sums dv = value_sums();
-      const Sums dk_head = head_key_sums();
-      add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights, across_ld,
-                                         grad_out_across.row(word), grad_out_across.ld, dv.data(),
-                                         dv.ld(), k.value_width_);
-      const MutableMatrix dq = k.grad_query_matrix(b, h, group);
-      GradientTile<T> work;
-      work.ranges = &tile;
-      work.rows = rows;
-      work.keys = keys;
-      work.gradient = kPacksTwice ? buffer.packed_grad_scores : buffer.grad_scores;
-      work.ld = kPacksTwice ? k.packed_ld() : k.score_ld_;
-      work.gradient_across = buffer.grad_scores;
-      work.across_ld = across_ld;
-      work.query = query_across.row(word);
-      work.query_ld = query_across.ld;
-      work.grad_query = dq.data + i0 * dq.ld;
-      work.grad_query_ld = dq.ld;
-      work.grad_key = dk_head.data();
-      work.grad_key_ld = dk_head.ld();
-      work.zeros = zeros;
-      double* const sums = Gradient::kHasWeight ? weight_sums(b, h) : nullptr;
-      gradient.accumulate(work, first, buffer.bounds, sums);
-      if (Gradient::kHasWeight) sums[k.query_width_] += total;
+      if constexpr (kPacksApart) {
+        pack_tile_apart(tile, rows);
+      } else if constexpr (kPacksTwice) {
+        pack_tile(tile, rows);
+      }
+      return total;
     }
 
     // Weights and gradients of the scores as operands: words across two rows take the place of the
@@ -570,8 +618,10 @@ class BackwardKernel {
           }
           for (std::int64_t j = begin; j < end; j += kPanel<T>) {
             if (!tile.touches(g, j)) continue;
-            store(along + Operand::words(j), Operand::round_along(grads + j));
-            store(along + k.packed_ld() + Operand::words(j), Operand::round_along(grads + ld + j));
+            T* const words = along + Operand::words(j);
+            Operand::put_along(load(grads + j), load(grads + j + lanes), words);
+            Operand::put_along(load(grads + ld + j), load(grads + ld + j + lanes),
+                               words + k.packed_ld());
             for (std::int64_t x = j; x < j + kPanel<T>; x += lanes) {
               store(weights + x, Operand::round_across(load(weights + x), load(weights + ld + x)));
               store(grads + x, Operand::round_across(load(grads + x), load(grads + ld + x)));
@@ -579,6 +629,74 @@ class BackwardKernel {
           }
         }
       }
+    }
+
+    // The same to places of their own, as tiles read them.
+    void pack_tile_apart(const TileRanges<T>& tile, std::int64_t rows) const {
+      if constexpr (kPacksApart) {
+        constexpr int lanes = kLanes<T>;
+        const std::int64_t ld = k.score_ld_;
+        for (std::int64_t first = 0, g = 0; first < rows; first += kGroupRows, ++g) {
+          if (tile.group_is_empty(g)) continue;
+          const std::int64_t begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
+          const std::int64_t end = round_up(tile.group_end[g], kPanel<T>);
+          // The rows that are missing in a step of a sum over rows count 0.
+          for (std::int64_t r = larger(first, rows); r < first + kGroupRows; ++r) {
+            fill_zero(buffer.weights + r * ld + begin, end - begin);
+            fill_zero(buffer.grad_scores + r * ld + begin, end - begin);
+          }
+          const PackedTile<Operand> packed = packed_tile();
+          for (int w = 0; w < lanes; ++w) {
+            const std::int64_t upper = (first + Operand::pair_row(w)) * ld;
+            const std::int64_t lower = upper + Operand::kPairDistance * ld;
+            for (std::int64_t j = begin; j < end; j += kPanel<T>) {
+              if (!tile.touches(g, j)) continue;
+              const T* const p = buffer.weights + j;
+              const T* const x = buffer.grad_scores + j;
+              packed.put(first, w, j, {load(p + upper), load(p + upper + lanes)},
+                         {load(p + lower), load(p + lower + lanes)},
+                         {load(x + upper), load(x + upper + lanes)},
+                         {load(x + lower), load(x + lower + lanes)});
+            }
+          }
+        }
+      }
+    }
+    PackedTile<Operand> packed_tile() const {
+      return {buffer.weights_across, buffer.grad_scores_across, k.score_ld_,
+              buffer.packed_grad_scores, k.packed_ld()};
+    }
+
+    // Scores, dP, weights and gradients of the tile, packed, by plain tiles; false: another way is
+    // to be taken.
+    bool run_plain_tile(Gradient& gradient, const TileRanges<T>& tile, std::int64_t b,
+                        std::int64_t h, std::int64_t i0, std::int64_t rows, std::int64_t first,
+                        std::int64_t keys) {
+      if constexpr (kPacksApart) {
+        const AttentionProblem& p = k.p_;
+        if (alibi.active || p.mask_kind != MaskKind::kNone || p.dropout_p > 0.0) return false;
+        const std::int64_t row0 = k.first_row(b, h) + i0;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          if (k.huge_[row0 + r] != 0) return false;
+        }
+        const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
+        const std::int64_t value_size = Operand::words(p.value_dim);
+        const Matrix grad_out = k.grad_out_along(b, h);
+        PlainTile<Gradient> plain(gradient, buffer.plain_tile, packed_tile());
+        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+          const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
+          for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
+            if (!tile.touches(g, u)) continue;
+            const bool done =
+                plain.run(tile, r, n, u, first + u, buffer.key_panels + u * key_size,
+                          grad_out.row(i0 + r), grad_out.ld, buffer.value_panels + u * value_size,
+                          value_size, k.lse_ + row0 + r, k.delta_ + row0 + r);
+            if (!done) return false;
+          }
+        }
+        return true;
+      }
+      return false;
     }
 
     // Row r of the tile: scores and dP become f p and G; 0 for keys that the row may not see, in
@@ -740,6 +858,7 @@ class BackwardKernel {
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
+  mutable bool failed_ = false;  // see run(); any thread may set it
 
   MaskGradient<T> mask_;
 

@@ -47,17 +47,21 @@ class ForwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
+  static constexpr bool kHasCarefulPass = Operand::kParts == 1;
   // Other scores take so long that looking for maxima, and masks in a pass of their own, do not
   // matter; nor are they known to be bounded.
   static constexpr bool kKeepsReferences =
       std::is_same_v<Score, DotScore<Operand>> && !kHasPlainBands;
+  static constexpr bool kPacksApart = Operand::kParts > 1;  // weights, not in place of the scores
   static_assert(Operand::kBlockKeys <= kMaskKeys);
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
 
-  void run() {
-    if (p_.batch * p_.heads == 0 || p_.query_length == 0) return;
+  // False: the results are worth nothing, since a number is out of the operand's range, or a result
+  // is not finite where there is no careful pass.
+  bool run() {
+    if (p_.batch * p_.heads == 0 || p_.query_length == 0) return true;
     plan();
     if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
 
@@ -92,6 +96,7 @@ class ForwardKernel {
       Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
       task.run();
     });
+    if (has_failed()) return false;
     if (splits_ > 1) {
       const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
       const std::int64_t chunk = larger<std::int64_t>(kMergedElements / (splits_ * width_ + 1), 1);
@@ -101,6 +106,7 @@ class ForwardKernel {
         }
       });
     }
+    return true;
   }
 
  private:
@@ -115,8 +121,9 @@ class ForwardKernel {
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
     score_ld_ = block_keys_ + kLanes<T>;
     if (Score::kInPlace) block_heads_ = p_.group_size();
-    block_rows_ = smaller<std::int64_t>(p_.query_length, 64);
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
+    const bool many_rows = units * p_.query_length >= kWantedTasks * Operand::kForwardRows;
+    block_rows_ = smaller<std::int64_t>(p_.query_length, many_rows ? Operand::kForwardRows : 64);
     if (p_.query_length <= kMaxBlockRows && units >= kManyHeads) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
@@ -138,6 +145,7 @@ class ForwardKernel {
                         p_.slopes == nullptr &&
                         (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
     own_panels_ = !Score::kInPlace && !shared_keys_;
+    weight_ld_ = kPacksApart ? Operand::words(block_keys_) + kLanes<T> : score_ld_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
 
@@ -179,7 +187,8 @@ class ForwardKernel {
       scores = carver.take<T>(smaller(rows, Operand::kBandRows) * k.score_ld_);
       if constexpr (kHasPlainBands) {
         band_scores = carver.take<T>(PlainBand<Score>::scores_size());
-        band_weights = carver.take<T>(PlainBand<Score>::weights_size(k.block_keys_));
+        weights = carver.take<T>(larger(PlainBand<Score>::weights_size(k.block_keys_),
+                                        kPacksApart ? Operand::kTileRows * k.weight_ld_ : 0));
       }
       sums = carver.take<T>(rows * k.width_);
       maximum = carver.take<T>(round_up(rows, kLanes<T>));
@@ -194,7 +203,7 @@ class ForwardKernel {
       bytes = carver.used();
     }
     T *constants, *spare, *queries, *scores, *sums, *maximum, *total, *row;
-    T *band_scores = nullptr, *band_weights = nullptr;
+    T *band_scores = nullptr, *weights = nullptr;
     T *panels, *bounds, *values;
     RowRanges* ranges;
     TileRanges<T>* tile;
@@ -226,9 +235,19 @@ class ForwardKernel {
     score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * key_size(),
                     key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
     if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
-      pack_across_rows<Operand>(
+      check_range(pack_across_rows<Operand>(
           value_rows(b, hk), j, n,
-          values_ + Operand::words((b * p_.kv_heads + hk) * padded_keys() + j) * width_);
+          values_ + Operand::words((b * p_.kv_heads + hk) * padded_keys() + j) * width_));
+    }
+  }
+
+  void fail() const { __atomic_store_n(&failed_, true, __ATOMIC_RELAXED); }
+  bool has_failed() const {
+    return !kHasCarefulPass && __atomic_load_n(&failed_, __ATOMIC_RELAXED);
+  }
+  void check_range(T largest) const {
+    if constexpr (!kHasCarefulPass) {
+      if (!Operand::in_range(largest)) fail();
     }
   }
 
@@ -259,6 +278,7 @@ class ForwardKernel {
     }
 
     void run() {
+      if (k.has_failed()) return;
       const AttentionProblem& p = k.p_;
       Buffers buffer = k.buffers(thread);
       const std::int64_t rows = k.block_heads_ * queries();
@@ -281,8 +301,12 @@ class ForwardKernel {
           if (finish(buffer, score, rows, Zeros::kMultiply)) return;
         }
       }
-      attend(buffer, score, rows, Zeros::kSkip);
-      finish(buffer, score, rows, Zeros::kSkip);
+      if constexpr (kHasCarefulPass) {
+        attend(buffer, score, rows, Zeros::kSkip);
+        finish(buffer, score, rows, Zeros::kSkip);
+      } else {
+        k.fail();
+      }
     }
 
     KeyBlock key_block(const Buffers& buffer, const Score& score, std::int64_t first,
@@ -308,7 +332,7 @@ class ForwardKernel {
         block.panels = buffer.panels;
         block.bounds = buffer.bounds;
         if (k.copy_values_) {
-          pack_across_rows<Operand>(value, first, keys, buffer.values);
+          k.check_range(pack_across_rows<Operand>(value, first, keys, buffer.values));
           block.values = buffer.values;
         }
       }
@@ -318,6 +342,12 @@ class ForwardKernel {
     // Bands follow each other in the same memory.
     T* score_row(const Buffers& buffer, std::int64_t r) const {
       return buffer.scores + r % Operand::kBandRows * k.score_ld_;
+    }
+
+    // Where the weights of a row are, packed.
+    T* weight_row(const Buffers& buffer, std::int64_t r) const {
+      if constexpr (!kPacksApart) return score_row(buffer, r);
+      return buffer.weights + r % Operand::kBandRows * k.weight_ld_;
     }
 
     void clear_sums(Buffers& buffer, std::int64_t rows) const {
@@ -332,8 +362,7 @@ class ForwardKernel {
     bool attend_plainly(Buffers& buffer, Score& score, std::int64_t rows) {
       const AttentionProblem& p = k.p_;
       if (p.dropout_p > 0.0 || score.needs_pass()) return false;
-      PlainBand<Score> band(score, k.key_size(), buffer.band_scores, buffer.band_weights,
-                            k.block_keys_);
+      PlainBand<Score> band(score, k.key_size(), buffer.band_scores, buffer.weights, k.block_keys_);
       const KeyRange all = buffer.ranges->all;
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
       for (; first < all.end; first += k.block_keys_) {
@@ -394,6 +423,10 @@ class ForwardKernel {
         if (!find_ranges(tile, *buffer.ranges, rows, first, keys)) continue;
         KeyBlock block{first, keys};
         if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
+        if constexpr (!kHasCarefulPass) {
+          if (!score.are_bounded(block.bounds, (keys + kPanel<T> - 1) / kPanel<T>)) k.fail();
+          if (k.has_failed()) return;
+        }
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
           const std::int64_t end = smaller(r + Operand::kBandRows, rows);
           score_tile(buffer, score, block, r, end);
@@ -599,9 +632,9 @@ class ForwardKernel {
         const std::int64_t end = smaller(tile.end[r], tile.group_end[g]);
         if (tile.one_span[g] && begin == tile.group_begin[g] && begin < end &&
             packs_at_once(begin) && subtracts) {
-          const Vec<T> sum =
-              packed_weights(score_row(buffer, r), begin, end, tile.group_end[g], scaled, shift,
-                             mask_of(mask, block, r - first_row, begin, end));
+          const Vec<T> sum = packed_weights(score_row(buffer, r), weight_row(buffer, r), begin, end,
+                                            tile.group_end[g], scaled, shift,
+                                            mask_of(mask, block, r - first_row, begin, end));
           T* const total = buffer.total + r * kLanes<T>;
           store(total, load(total) + sum);
         } else {
@@ -625,6 +658,7 @@ class ForwardKernel {
       const TileRanges<T>& tile = *buffer.tile;
       const std::int64_t g = r / kGroupRows;
       T* const row = score_row(buffer, r);
+      T* const packed = weight_row(buffer, r);
       T* const total = buffer.total + r * kLanes<T>;
       Vec<T> sum = load(total);
       for (KeyRange span = tile.span(g, 0); span.begin < span.end; span = tile.span(g, span.end)) {
@@ -632,10 +666,10 @@ class ForwardKernel {
         const std::int64_t end = larger(begin, smaller(tile.end[r], span.end));
         const auto masked = mask_of(mask, block, mask_row, begin, end);
         if (begin == span.begin && packs_at_once(begin)) {
-          sum += packed_weights(row, begin, end, span.end, scaled, shift, masked);
+          sum += packed_weights(row, packed, begin, end, span.end, scaled, shift, masked);
           continue;
         }
-        sum += exponentials<false>(row, begin, end, scaled, shift, masked);
+        sum += exponentials<false>(row, row, begin, end, scaled, shift, masked);
         if (p.dropout_p > 0.0) {
           const std::int64_t n = end - begin;
           load_dropout_row(p, k.dropout_, b, head(r), query(r), block.first + begin, n, buffer.row);
@@ -643,7 +677,7 @@ class ForwardKernel {
         }
         fill_zero(row + span.begin, begin - span.begin);
         fill_zero(row + end, span.end - end);
-        pack_weights(row, span.begin, span.end);
+        pack_weights(row, span.begin, span.end, packed);
       }
       store(total, sum);
     }
@@ -670,17 +704,18 @@ class ForwardKernel {
       }
     }
 
-    // Weights are the left operand of the product with the values, in place: words of several take
-    // the place of the first of them.
+    // Weights are the left operand of the product with the values, in place, where words of several
+    // take the place of the first of them; or, if they have several parts, apart.
     static constexpr std::int64_t kPackedKeys = Operand::kPack * kLanes<T>;
+    static constexpr std::int64_t kPackedWords = Operand::kParts * kLanes<T>;
 
     bool packs_at_once(std::int64_t begin) const {
       return k.p_.dropout_p == 0.0 && begin % kPackedKeys == 0;
     }
-    static void pack_weights(T* row, std::int64_t begin, std::int64_t end) {
+    static void pack_weights(const T* row, std::int64_t begin, std::int64_t end, T* to) {
       if constexpr (Operand::kPack > 1) {
         for (std::int64_t j = begin / kPackedKeys * kPackedKeys; j < end; j += kPackedKeys) {
-          store(row + Operand::words(j), Operand::round_along(row + j));
+          Operand::put_along(load(row + j), load(row + j + kLanes<T>), to + Operand::words(j));
         }
       }
     }
@@ -688,14 +723,15 @@ class ForwardKernel {
     // Weights of keys [begin, end) of a row, packed, zeros behind them to span_end; the lanes of
     // their sum.
     template <typename Scale, typename MaskRow>
-    static TSA_INLINE Vec<T> packed_weights(T* row, std::int64_t begin, std::int64_t end,
-                                            std::int64_t span_end, const Scale& scaled,
-                                            Vec<T> shift, const MaskRow& mask) {
-      const Vec<T> sum = exponentials<true>(row, begin, end, scaled, shift, mask);
+    static TSA_INLINE Vec<T> packed_weights(const T* row, T* to, std::int64_t begin,
+                                            std::int64_t end, std::int64_t span_end,
+                                            const Scale& scaled, Vec<T> shift,
+                                            const MaskRow& mask) {
+      const Vec<T> sum = exponentials<true>(row, to, begin, end, scaled, shift, mask);
       const std::int64_t packed =
           Operand::kPack > 1 ? smaller(round_up(end, kPackedKeys), span_end) : end;
       if (packed < span_end) {
-        fill_zero(row + Operand::words(packed), Operand::words(span_end) - Operand::words(packed));
+        fill_zero(to + Operand::words(packed), Operand::words(span_end) - Operand::words(packed));
       }
       return sum;
     }
@@ -708,22 +744,23 @@ class ForwardKernel {
       return mask.row(mask_row, block.first + begin, static_cast<int>(n));
     }
 
-    // 2^(score - maximum) of keys [begin, end) in their place, or packed; the lanes of their sum.
+    // 2^(score - maximum) of keys [begin, end), to the same keys of a row, or packed; the lanes of
+    // their sum.
     template <bool kPacks, typename Scale, typename MaskRow>
-    static Vec<T> exponentials(T* row, std::int64_t begin, std::int64_t end, const Scale& scaled,
-                               Vec<T> shift, const MaskRow& mask) {
+    static Vec<T> exponentials(const T* row, T* to, std::int64_t begin, std::int64_t end,
+                               const Scale& scaled, Vec<T> shift, const MaskRow& mask) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
         return exp2_or_infinity<T>(mask.relative(j - begin, load(row + j), scaled, shift));
       };
-      T* words = row + begin / Operand::kPack;
+      T* words = to + Operand::words(begin);
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
         if constexpr (kPacks && Operand::kPack > 1) {
-          store(words, Operand::round_along(p0, p1));
-          words += lanes;
+          Operand::put_along(p0, p1, words);
+          words += kPackedWords;
         } else {
-          store_up_to(row + j, p0, end - j);
-          if (end - j > lanes) store_up_to(row + j + lanes, p1, end - j - lanes);
+          store_up_to(to + j, p0, end - j);
+          if (end - j > lanes) store_up_to(to + j + lanes, p1, end - j - lanes);
         }
       };
       Vec<T> sum0{}, sum1{};
@@ -769,10 +806,11 @@ class ForwardKernel {
           const std::int64_t g = r / kGroupRows;
           for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
             const std::int64_t begin = Operand::words(s.begin);
-            multiply<Operand, true, true>(
-                zeros, smaller<std::int64_t>(kGroupRows, end_row - r), score_row(buffer, r) + begin,
-                k.score_ld_, block.values + begin * block.value_ld + d, block.value_ld,
-                Operand::words(s.end) - begin, buffer.sums + r * k.width_ + d, k.width_, columns);
+            multiply<Operand, true, true>(zeros, smaller<std::int64_t>(kGroupRows, end_row - r),
+                                          weight_row(buffer, r) + begin, k.weight_ld_,
+                                          block.values + begin * block.value_ld + d, block.value_ld,
+                                          Operand::words(s.end) - begin,
+                                          buffer.sums + r * k.width_ + d, k.width_, columns);
           }
         }
       }
@@ -877,12 +915,13 @@ class ForwardKernel {
   Dropout dropout_;
 
   std::int64_t width_ = 0;  // of a row of values and sums
-  std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
+  std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0, weight_ld_ = 0;
   std::int64_t block_heads_ = 1;  // that a row block takes the queries of
   std::int64_t splits_ = 1, split_keys_ = 0;
   bool shared_keys_ = false, own_panels_ = false;
   bool copy_values_ = false;
   bool first_references_ = false;  // see above
+  mutable bool failed_ = false;    // see run(); any thread may set it
 
   T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]
   T* key_bounds_ = nullptr;     // [b][packed head][panel]

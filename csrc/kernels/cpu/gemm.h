@@ -85,7 +85,8 @@ template <typename Operand, int kVectors, bool kAdd, bool kUnitDepth,
   requires(Operand::kTransposes && kUnitDepth)
 TSA_INLINE void multiply_rows(std::int64_t rows, const T* a, std::int64_t lda, const T* b,
                               std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc) {
-  Operand::template multiply<kVectors, kAdd>(rows, a, lda, kLanes<T>, b, ldb, depth, c, ldc);
+  Operand::template multiply<kVectors, kAdd>(rows, a, lda, Operand::kStepWords, b, ldb, depth, c,
+                                             ldc);
 }
 
 // The same sum, where a pair with A(i, k) = 0 contributes nothing even if B(k, :) holds NaN or inf.
@@ -125,10 +126,14 @@ template <typename Operand, bool kAdd, bool kUnitDepth, typename T = typename Op
 TSA_INLINE void multiply(Zeros zeros, std::int64_t rows, const T* a, std::int64_t a_stride,
                          const T* b, std::int64_t ldb, std::int64_t depth, T* c, std::int64_t ldc,
                          std::int64_t columns) {
-  if (zeros == Zeros::kSkip) {
-    multiply_skipping_zeros<Operand, kAdd, kUnitDepth>(rows, a, a_stride, b, ldb, depth, c, ldc,
-                                                       columns);
-  } else if (columns == kStrip<T>) {
+  if constexpr (Operand::kParts == 1) {  // else there is no careful pass
+    if (zeros == Zeros::kSkip) {
+      multiply_skipping_zeros<Operand, kAdd, kUnitDepth>(rows, a, a_stride, b, ldb, depth, c, ldc,
+                                                         columns);
+      return;
+    }
+  }
+  if (columns == kStrip<T>) {
     multiply_rows<Operand, 2, kAdd, kUnitDepth>(rows, a, a_stride, b, ldb, depth, c, ldc);
   } else {
     multiply_rows<Operand, 1, kAdd, kUnitDepth>(rows, a, a_stride, b, ldb, depth, c, ldc);

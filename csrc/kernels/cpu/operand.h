@@ -12,6 +12,10 @@
 //   Bfloat16Pairs   a word is two bfloat16, vdpbf16ps multiplies and adds both; the inputs are
 //                   multiplied as they are, nothing is widened
 //   Bfloat16Tiles   the same words, multiplied by the tile unit (amx_tiles.h)
+//   FloatTiles<n>   elements in n parts of bfloat16, multiplied by the tile unit (float_parts.h)
+//
+// An element of several parts has a word for each; the words of kLanes neighbours follow each other
+// part by part.
 //
 // Two ways to pack rows for a sum along the row, and one for a sum over rows:
 //   along rows   [row][word]           the left operand of scores
@@ -34,10 +38,23 @@ struct VectorProducts {
   static constexpr std::int64_t kBandRows = std::int64_t{1} << 32;
   static constexpr std::int64_t kGradientRows = 64;
   static constexpr std::int64_t kGradientKeys = 128;
-  static constexpr bool kTransposes = false;  // the left operand must lie along rows
-  static constexpr bool kFinishes = true;     // a sum can be changed before it is stored
+  static constexpr std::int64_t kForwardRows = 64;  // of a block of queries
+  static constexpr bool kTransposes = false;        // the left operand must lie along rows
+  static constexpr bool kFinishes = true;           // a sum can be changed before it is stored
+  static constexpr int kParts = 1;                  // of an element
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
+};
+
+// The words of kLanes neighbours, a vector for each part.
+template <typename T, int kParts = 1>
+struct Words {
+  Vec<T> part[kParts];
+};
+// Of 2 x 2 vectors: the words along each of the two rows, and across them.
+template <typename T, int kParts = 1>
+struct WordSquare {
+  Words<T, kParts> along[2], across[2];
 };
 
 template <typename T>
@@ -56,14 +73,15 @@ struct Elements : VectorProducts {
     return a == T(0) ? sum : fma(splat(a), b, sum);
   }
 
-  // n <= kLanes words of a row from word d on, zeros behind.
-  static TSA_INLINE Vec<T> load_along(const Rows& rows, std::int64_t row, std::int64_t d,
-                                      std::int64_t n) {
-    return load_elements_of_row<T>(rows, row, d, n);
+  // n <= kLanes words of a row from word d on, zeros behind. Words are counted as of one part.
+  static TSA_INLINE Words<T> load_along(const Rows& rows, std::int64_t row, std::int64_t d,
+                                        std::int64_t n) {
+    return {{load_elements_of_row<T>(rows, row, d, n)}};
   }
-  static TSA_INLINE Vec<T> load_across(const Rows& rows, std::int64_t row, std::int64_t /*end*/,
-                                       std::int64_t d, std::int64_t n) {
-    return load_elements_of_row<T>(rows, row, d, n);
+  // Word x of a sum over the rows [begin, end), for n elements from d; zeros behind the last row.
+  static TSA_INLINE Words<T> load_across(const Rows& rows, std::int64_t begin, std::int64_t end,
+                                         std::int64_t x, std::int64_t d, std::int64_t n) {
+    return {{begin + x < end ? load_elements_of_row<T>(rows, begin + x, d, n) : Vec<T>{}}};
   }
   static const T* in_place(const Rows& rows) { return rows_in_place<T>(rows); }
 
@@ -76,9 +94,27 @@ struct Elements : VectorProducts {
 };
 
 #if defined(__AVX512BF16__)
-struct Bfloat16Pairs : VectorProducts {
+// A word is two bfloat16.
+struct Bfloat16Words : VectorProducts {
   using Scalar = float;
   static constexpr int kPack = 2;
+
+  // The largest magnitude as bits, which are in the order of what they stand for. NaN is above
+  // infinity, and less than nothing.
+  static TSA_INLINE VecF raise_bound(VecF bound, VecF words) {
+    const __m512i magnitudes = (__m512i)((IntVec<float>)words & 0x7fff7fff);
+    return (VecF)_mm512_max_epu16((__m512i)bound, magnitudes);
+  }
+  static TSA_INLINE float bound_of(VecF bound) {
+    const auto bits = (__m512i)bound;
+    const __m512i high_halves = _mm512_and_si512(bits, _mm512_set1_epi32(-0x10000));
+    const __m512i largest = _mm512_max_epu32(_mm512_slli_epi32(bits, 16), high_halves);
+    return __builtin_bit_cast(float, _mm512_reduce_max_epu32(largest));
+  }
+  static const float* in_place(const Rows& /*rows*/) { return nullptr; }
+};
+
+struct Bfloat16Pairs : Bfloat16Words {
   static constexpr int kStep = kPack;
 
   static constexpr std::int64_t words(std::int64_t n) { return (n + 1) / 2; }
@@ -109,47 +145,36 @@ struct Bfloat16Pairs : VectorProducts {
                           : fma(splat(__builtin_bit_cast(float, bits & 0xffff0000u)), high, sum);
   }
 
-  static TSA_INLINE VecF load_along(const Rows& rows, std::int64_t row, std::int64_t word,
-                                    std::int64_t n) {
+  static TSA_INLINE Words<float> load_along(const Rows& rows, std::int64_t row, std::int64_t word,
+                                            std::int64_t n) {
     const std::int64_t elements = smaller<std::int64_t>(2 * n, rows.width - 2 * word);
     if (rows.element_stride == 1) {
       const auto* const from = bits_of(rows) + rows.at(row) + 2 * word;
-      if (elements == std::int64_t{2} * kLanes<float>) return (VecF)_mm512_loadu_si512(from);
+      if (elements == std::int64_t{2} * kLanes<float>) return {{(VecF)_mm512_loadu_si512(from)}};
       const auto mask = static_cast<__mmask32>((std::uint64_t{1} << elements) - 1);
-      return (VecF)_mm512_maskz_loadu_epi16(mask, from);
+      return {{(VecF)_mm512_maskz_loadu_epi16(mask, from)}};
     }
     alignas(64) std::uint16_t gathered[2 * kLanes<float>] = {};
     gather(rows, row, 2 * word, elements, gathered);
-    return (VecF)_mm512_load_si512(gathered);
+    return {{(VecF)_mm512_load_si512(gathered)}};
   }
-  // Elements [d, d + n) of row (low halves) and row + 1 (high halves, zeros if that is `end`).
-  static TSA_INLINE VecF load_across(const Rows& rows, std::int64_t row, std::int64_t end,
-                                     std::int64_t d, std::int64_t n) {
+  // Of two neighbouring rows, the first in the low halves.
+  static TSA_INLINE Words<float> load_across(const Rows& rows, std::int64_t begin, std::int64_t end,
+                                             std::int64_t x, std::int64_t d, std::int64_t n) {
+    const std::int64_t row = begin + kPack * x;
+    if (row >= end) return {};
     const __m512i low = widened(rows, row, d, n);
-    if (row + 1 >= end) return (VecF)low;
-    return (VecF)_mm512_or_si512(low, _mm512_slli_epi32(widened(rows, row + 1, d, n), 16));
-  }
-  static const float* in_place(const Rows& /*rows*/) { return nullptr; }
-
-  // The same as bits, which are in the order of what they stand for. NaN is above infinity, and
-  // less than nothing.
-  static TSA_INLINE VecF raise_bound(VecF bound, VecF words) {
-    const __m512i magnitudes = (__m512i)((IntVec<float>)words & 0x7fff7fff);
-    return (VecF)_mm512_max_epu16((__m512i)bound, magnitudes);
-  }
-  static TSA_INLINE float bound_of(VecF bound) {
-    const auto bits = (__m512i)bound;
-    const __m512i largest =
-        _mm512_max_epu32(_mm512_slli_epi32(bits, 16), _mm512_and_si512(bits, high_halves()));
-    return __builtin_bit_cast(float, _mm512_reduce_max_epu32(largest));
+    if (row + 1 >= end) return {{(VecF)low}};
+    return {{(VecF)_mm512_or_si512(low, _mm512_slli_epi32(widened(rows, row + 1, d, n), 16))}};
   }
 
   // Words of columns j, j + 1 of one row from 2 x kLanes columns.
   static TSA_INLINE VecF round_along(VecF first, VecF second) {
     return (VecF)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   }
-  static TSA_INLINE VecF round_along(const float* from) {
-    return round_along(load(from), load(from + kLanes<float>));
+  // The same, stored.
+  static TSA_INLINE void put_along(VecF first, VecF second, float* to) {
+    store(to, round_along(first, second));
   }
   // Words of two rows: low halves from a, high halves from b.
   static TSA_INLINE VecF round_across(VecF a, VecF b) {
@@ -157,9 +182,16 @@ struct Bfloat16Pairs : VectorProducts {
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
     return (VecF)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
+  // Word w of rows is of the rows pair_row(w) and kPairDistance behind it.
+  static constexpr int kPairDistance = 1;
+  static constexpr int pair_row(int w) { return kPack * w; }
+  static TSA_INLINE Words<float> words_across(VecF a, VecF b) { return {{round_across(a, b)}}; }
+  static TSA_INLINE WordSquare<float> words_of_square(VecF a0, VecF a1, VecF b0, VecF b1) {
+    return {{{{round_along(a0, a1)}}, {{round_along(b0, b1)}}},
+            {words_across(a0, b0), words_across(a1, b1)}};
+  }
 
  private:
-  static TSA_INLINE __m512i high_halves() { return _mm512_set1_epi32(-0x10000); }
   static const std::uint16_t* bits_of(const Rows& rows) {
     return static_cast<const std::uint16_t*>(rows.data);
   }
@@ -185,52 +217,97 @@ struct Bfloat16Pairs : VectorProducts {
 };
 #endif
 
+// Where part `part` of the words from x on lies, x a multiple of kLanes or parts one.
+template <typename Operand>
+TSA_INLINE std::int64_t place_of(std::int64_t x, int part) {
+  if constexpr (Operand::kParts == 1) return x;
+  constexpr std::int64_t lanes = kLanes<typename Operand::Scalar>;
+  return (x / lanes * Operand::kParts + part) * lanes + x % lanes;
+}
+
+// The functions that pack return the largest magnitude that they have seen, if the operand has
+// several parts: these have a range (Operand::in_range).
+template <typename Operand, typename T = typename Operand::Scalar>
+struct Largest {
+  Vec<T> bound{};
+
+  TSA_INLINE void add_part(Vec<T> words) {
+    if constexpr (Operand::kParts > 1) bound = Operand::raise_bound(bound, words);
+  }
+  TSA_INLINE void add(const Words<T, Operand::kParts>& words) { add_part(words.part[0]); }
+  T magnitude() const {
+    if constexpr (Operand::kParts > 1) return Operand::bound_of(bound);
+    return T(0);
+  }
+};
+
 // n rows from `begin` to to[n][padded words], packed along the rows.
 template <typename Operand, typename T = typename Operand::Scalar>
-inline void pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+inline T pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  constexpr int parts = Operand::kParts;
   const std::int64_t words = Operand::words(rows.width);
+  Largest<Operand> largest;
   for (std::int64_t r = begin; r < begin + n; ++r, to += padded<T>(words)) {
-    for (std::int64_t d = 0; d < words; d += kLanes<T>) {
-      store(to + d, Operand::load_along(rows, r, d, smaller<std::int64_t>(kLanes<T>, words - d)));
+    for (std::int64_t x = 0; x < words / parts; x += kLanes<T>) {
+      const auto n_words = smaller<std::int64_t>(kLanes<T>, words / parts - x);
+      const Words<T, parts> along = Operand::load_along(rows, r, x, n_words);
+      largest.add(along);
+      for (int part = 0; part < parts; ++part) {
+        store(to + place_of<Operand>(x, part), along.part[part]);
+      }
     }
   }
+  return largest.magnitude();
 }
 
 // n rows from `begin` to to[words(n)][padded width], packed across the rows.
 template <typename Operand, typename T = typename Operand::Scalar>
-inline void pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
-  const std::int64_t end = begin + n;
-  for (std::int64_t r = begin; r < end; r += Operand::kPack, to += padded<T>(rows.width)) {
+inline T pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  constexpr int parts = Operand::kParts;
+  const std::int64_t width = padded<T>(rows.width);
+  Largest<Operand> largest;
+  for (std::int64_t x = 0; x < Operand::words(n) / parts; ++x) {
     for (std::int64_t d = 0; d < rows.width; d += kLanes<T>) {
       const std::int64_t elements = smaller<std::int64_t>(kLanes<T>, rows.width - d);
-      store(to + d, Operand::load_across(rows, r, end, d, elements));
+      const Words<T, parts> across = Operand::load_across(rows, begin, begin + n, x, d, elements);
+      largest.add(across);
+      for (int part = 0; part < parts; ++part) {
+        store(to + place_of<Operand>(x, part) * width + d, across.part[part]);
+      }
     }
   }
-  const std::int64_t behind = Operand::words(n) - (n + Operand::kPack - 1) / Operand::kPack;
-  fill_zero(to, behind * padded<T>(rows.width));
+  return largest.magnitude();
 }
 
 // n rows from `begin`, transposed, as the left operand of a sum over rows: steps
-// to[ceil(n / kStep)][padded width][kLanes words of neighbouring rows], zeros behind row n.
+// to[ceil(n / kStep)][padded width][kStepWords words of neighbouring rows], zeros behind row n.
 template <typename Operand, typename T = typename Operand::Scalar>
-inline void pack_transposed(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+inline T pack_transposed(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
   constexpr int lanes = kLanes<T>;
-  const std::int64_t end = begin + n;
+  constexpr int parts = Operand::kParts;
   const std::int64_t width = padded<T>(rows.width);
-  for (std::int64_t r = begin; r < end; r += Operand::kStep, to += width * lanes) {
+  Largest<Operand> largest;
+  for (std::int64_t x = 0; x < Operand::words(n) / parts; x += lanes) {
     for (std::int64_t d = 0; d < rows.width; d += lanes) {
       const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
-      Vec<T> square[lanes];
+      Vec<T> square[parts][lanes];
 #pragma GCC unroll 16
-      for (int x = 0; x < lanes; ++x) {
-        const std::int64_t row = r + x * Operand::kPack;
-        square[x] = row < end ? Operand::load_across(rows, row, end, d, elements) : Vec<T>{};
+      for (int y = 0; y < lanes; ++y) {
+        const auto across = Operand::load_across(rows, begin, begin + n, x + y, d, elements);
+        largest.add(across);
+        for (int part = 0; part < parts; ++part) square[part][y] = across.part[part];
       }
-      transpose<T>(square);
+      for (int part = 0; part < parts; ++part) {
+        transpose<T>(square[part]);
 #pragma GCC unroll 16
-      for (int e = 0; e < lanes; ++e) store(to + (d + e) * lanes, square[e]);
+        for (int e = 0; e < lanes; ++e) {
+          store(to + (d + e) * Operand::kStepWords + part * lanes, square[part][e]);
+        }
+      }
     }
+    to += width * Operand::kStepWords;
   }
+  return largest.magnitude();
 }
 
 // to[columns][ld_to] = the transpose of from[rows][ld] for multiples of kLanes.
@@ -262,22 +339,32 @@ template <typename Operand, typename Transform, typename T = typename Operand::S
 inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
                        const Transform& transform) {
   constexpr int lanes = kLanes<T>;
-  const std::int64_t words = Operand::words(rows.width);
+  constexpr int parts = Operand::kParts;
+  const std::int64_t words = Operand::words(rows.width) / parts;
   for (int half = 0; half < kPanel<T>; half += lanes) {
-    for (std::int64_t d = 0; d < words; d += lanes) {
-      const std::int64_t count = smaller<std::int64_t>(lanes, words - d);
-      Vec<T> square[lanes];
+    for (std::int64_t x = 0; x < words; x += lanes) {
+      const std::int64_t count = smaller<std::int64_t>(lanes, words - x);
+      Vec<T> square[parts][lanes];
 #pragma GCC unroll 16
       for (int r = 0; r < lanes; ++r) {
         const std::int64_t row = half + r;
-        prefetch_elements(rows, begin + row + lanes, d * Operand::kPack);
-        square[r] =
-            row < n ? transform(Operand::load_along(rows, begin + row, d, count), d) : Vec<T>{};
+        prefetch_elements(rows, begin + row + lanes, x * Operand::kPack);
+        if (row < n) {
+          const auto along = Operand::load_along(rows, begin + row, x, count);
+          for (int part = 0; part < parts; ++part) {
+            square[part][r] = transform(along.part[part], x);
+          }
+        } else {
+          for (int part = 0; part < parts; ++part) square[part][r] = Vec<T>{};
+        }
       }
-      transpose<T>(square);
+      for (int part = 0; part < parts; ++part) {
+        transpose<T>(square[part]);
+        T* const panel = to + place_of<Operand>(x, part) * kPanel<T> + half;
 #pragma GCC unroll 16
-      for (int e = 0; e < lanes; ++e) {
-        if (e < count) store(to + (d + e) * kPanel<T> + half, square[e]);
+        for (int e = 0; e < lanes; ++e) {
+          if (e < count) store(panel + e * kPanel<T>, square[part][e]);
+        }
       }
     }
   }
@@ -298,12 +385,17 @@ inline void pack_bounded_panels(const Rows& rows, std::int64_t begin, std::int64
 
 // n rows from `begin` to ceil(n / kPanel) panels, one behind the other.
 template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
-inline void pack_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
-                        const Transform& transform) {
+inline T pack_panels(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                     const Transform& transform) {
+  Largest<Operand> largest;
   for (std::int64_t r = 0; r < n; r += kPanel<T>) {
     pack_panel<Operand>(rows, begin + r, smaller<std::int64_t>(kPanel<T>, n - r),
-                        to + r * Operand::words(rows.width), transform);
+                        to + r * Operand::words(rows.width), [&](Vec<T> words, std::int64_t d) {
+                          largest.add_part(words);
+                          return transform(words, d);
+                        });
   }
+  return largest.magnitude();
 }
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -83,8 +83,9 @@ class PlainBand {
         }
         if (!can_subtract_) return false;
         find_weights(q, keys.first, u, n, all_see_all, mask);
+        if constexpr (kValuesAtOnce) add_values(q, keys, {u, u + n}, weights_);
       }
-      add_values(q, keys, s);
+      if constexpr (!kValuesAtOnce) add_values(q, keys, s, weights_ + Operand::words(s.begin));
     }
     return true;
   }
@@ -94,17 +95,22 @@ class PlainBand {
 
  private:
   static_assert(Operand::kPack == 2 && Operand::kStep == kPanel<T>);
+  // Weights of several parts would leave L1 until those of a block are complete; and with as many
+  // products, sums may be loaded and stored more often.
+  static constexpr bool kValuesAtOnce = Operand::kParts > 1;
   static constexpr int kAtOnce = 2 * kPanel<T>;
   // Rows would else begin in the same few sets of L1.
   static constexpr std::int64_t kScoreStride = kAtOnce + kLanes<T>;
   static std::int64_t weights_stride(std::int64_t block_keys) {
-    return Operand::words(block_keys) + kLanes<T>;
+    const std::int64_t keys =
+        kValuesAtOnce ? smaller<std::int64_t>(kAtOnce, block_keys) : block_keys;
+    return Operand::words(keys) + kLanes<T>;
   }
 
-  void add_values(const Queries& q, const Keys& keys, KeyRange span) const {
+  void add_values(const Queries& q, const Keys& keys, KeyRange span, const T* weights) const {
     const std::int64_t from = Operand::words(span.begin);
     for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
-      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights_ + from, weights_stride_,
+      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights, weights_stride_,
                                     keys.values + from * keys.value_ld + d, keys.value_ld,
                                     Operand::words(span.end) - from, q.sums + d, q.width,
                                     smaller<std::int64_t>(kStrip<T>, q.width - d));
@@ -193,7 +199,7 @@ class PlainBand {
   void weights_of(const Queries& q, std::int64_t first, std::int64_t u, Mask& mask) {
     const auto scaled = score_.scale(false);
     const T* scores = scores_;
-    T* words = weights_ + Operand::words(u);
+    T* words = weights_ + (kValuesAtOnce ? 0 : Operand::words(u));
     T* total = q.totals;
     for (std::int64_t r = 0; r < q.rows; ++r) {
       const Seen seen(*this, r, u);
@@ -209,7 +215,7 @@ class PlainBand {
       for (int j = 0; j < kKeys; j += kPanel<T>) {
         const Vec<T> p0 = weights(j);
         const Vec<T> p1 = weights(j + kLanes<T>);
-        store(words + j / Operand::kPack, Operand::round_along(p0, p1));
+        Operand::put_along(p0, p1, words + Operand::words(j));
         sum += p0 + p1;
       }
       store(total, sum);

@@ -141,12 +141,18 @@ class DotScore : public DotProducts<OperandT> {
                                  });
   }
 
-  // Whether scores of keys of these bounds are known not to overflow, nor the sums on the way.
+  // Whether scores of keys of these bounds are known not to overflow, nor the sums on the way; and
+  // not to lose digits, where parts may be too small.
   bool are_bounded(const T* bounds, std::int64_t panels) const {
+    bool bounded = true;
+    if constexpr (Operand::kParts > 1) bounded = Operand::in_range_of_scores(query_bound_, factor_);
     for (std::int64_t n = 0; n < panels; ++n) {
-      if (!(query_bound_ * bounds[n] < most_)) return false;
+      bounded = bounded && query_bound_ * bounds[n] < most_;
+      if constexpr (Operand::kParts > 1) {
+        bounded = bounded && Operand::in_range_of_scores(bounds[n], factor_);
+      }
     }
-    return true;
+    return bounded;
   }
 
   // scores[rows][kPanel] of rows <= kGroupRows queries from row r of the block.

@@ -44,27 +44,30 @@ inline void add_over_rows(const TileRanges<T>& ranges, std::int64_t rows, std::i
                           Zeros zeros, const T* b, std::int64_t ldb, const T* a,
                           std::int64_t /*lda*/, T* c, std::int64_t ldc, std::int64_t width) {
   static_assert(kGroupRows == Operand::kStep);
-  const std::int64_t step = width * kLanes<T>;  // of A
+  constexpr int step_words = Operand::kStepWords;
+  const std::int64_t step = width * step_words;  // of A
   const std::int64_t groups = (rows + kGroupRows - 1) / kGroupRows;
   for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
     for (std::int64_t g = 0, end = 0; g < groups; g = end) {
       end = g + 1;
       if (!ranges.touches(g, u)) continue;
       while (end < groups && ranges.touches(end, u)) ++end;
-      const T* const right = b + g * kLanes<T> * ldb + u;
+      const T* const right = b + g * step_words * ldb + u;
       for (std::int64_t d = 0; d < width; d += Operand::kTileRows) {
         const std::int64_t elements = smaller<std::int64_t>(Operand::kTileRows, width - d);
-        const T* const left = a + g * step + d * kLanes<T>;
+        const T* const left = a + g * step + d * step_words;
         T* const to = c + d * ldc + u;
         if (zeros == Zeros::kMultiply) {
-          Operand::template multiply<2, true>(elements, left, kLanes<T>, step, right, ldb,
-                                              (end - g) * kLanes<T>, to, ldc);
+          Operand::template multiply<2, true>(elements, left, step_words, step, right, ldb,
+                                              (end - g) * step_words, to, ldc);
           continue;
         }
-        for (std::int64_t s = 0; s < end - g; ++s) {
-          multiply_skipping_zeros<Operand, true, true, Side::kRight>(
-              elements, left + s * step, kLanes<T>, right + s * kLanes<T> * ldb, ldb, kLanes<T>, to,
-              ldc, kPanel<T>);
+        if constexpr (Operand::kParts == 1) {
+          for (std::int64_t s = 0; s < end - g; ++s) {
+            multiply_skipping_zeros<Operand, true, true, Side::kRight>(
+                elements, left + s * step, step_words, right + s * step_words * ldb, ldb,
+                step_words, to, ldc, kPanel<T>);
+          }
         }
       }
     }
@@ -142,7 +145,7 @@ class DotGradient : public DotProducts<OperandT> {
     if constexpr (kScalesKeys) {
       pack_panels<Operand>(key, first, n, panels, scale_);
     } else {
-      pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
+      largest_key_ = pack_panels<Operand>(key, first, n, panels, Unchanged<T>{});
     }
     if (const T* const in_place = Operand::in_place(key)) {
       key_ = in_place + first * key.row_stride;
@@ -152,6 +155,11 @@ class DotGradient : public DotProducts<OperandT> {
       key_ = buffer_;
       key_ld_ = width_;
     }
+  }
+  // Of operands of several parts: the keys, and the scale.
+  bool is_in_range() const {
+    return Operand::in_range(largest_key_) &&
+           Operand::in_range_of_scores(largest_key_, scale_.factor);
   }
   void load_queries(std::int64_t /*b*/, std::int64_t /*h*/, std::int64_t /*i*/,
                     std::int64_t /*rows*/, const T* query, std::int64_t query_ld, T* /*to*/) {
@@ -202,6 +210,7 @@ class DotGradient : public DotProducts<OperandT> {
   const AttentionProblem& p_;
   std::int64_t width_;
   Scaled<T> scale_;
+  T largest_key_ = 0;
   T* buffer_;
   const T* key_ = nullptr;
   std::int64_t key_ld_ = 0;

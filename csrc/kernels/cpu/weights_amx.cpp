@@ -4,7 +4,13 @@
 
 namespace torch_selfattn::kernels::cpu {
 
+void attention_weights_avx512(const AttentionWeights& call, const Parallel& parallel);
+
 void attention_weights_amx(const AttentionWeights& call, const Parallel& parallel) {
+  if (call.problem.dtype != DType::kBFloat16) {
+    attention_weights_avx512(call, parallel);
+    return;
+  }
   amx::WeightsKernel<amx::DotScore<amx::Bfloat16Tiles>>(call, parallel).run();
 }
 

@@ -1,0 +1,130 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/amx_tiles.h"
+
+// Elements in several parts of bfloat16, so that the tile unit multiplies numbers of more digits
+// than it has: x = x_0 + x_1 + ..., where x_0 is x rounded to bfloat16, x_1 what is missing,
+// rounded, and so on. Each part has 8 bits and a sign: two hold a float16, and 16 of the 24 bits of
+// a float; three hold a float, exactly. Of the products of parts those are made that reach into the
+// last digit, three of two parts, six of three (PartProducts); they are exact, and added up in
+// float. Henry, Tang, Heinecke: Leveraging the bfloat16 artificial intelligence datatype for
+// higher-precision computations, 2019.
+//
+// A word pairs element w of 32 with element w + 16, in sums along rows and across rows, so that
+// parts of two vectors become words without a shuffle. In memory the words of a step of 32 elements
+// follow each other part by part.
+//
+// The tile unit takes subnormal numbers for 0, so that small parts are lost, and infinity has no
+// parts. So there is a range of the largest magnitude of a block of rows, out of which the
+// kernels give up (in_range): errors in it are below 2^-80 of that magnitude.
+// Bound: tdpbf16ps, six times that of Bfloat16Tiles for three parts, a sixteenth of an FMA each.
+#if defined(__AMX_BF16__)
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+template <int n>
+struct FloatParts : Bfloat16Words {
+  static constexpr int kParts = n;
+  // Three times as many bytes as of bfloat16 come from the last-level cache for a block of queries.
+  static constexpr std::int64_t kForwardRows = 128;
+
+  static TSA_INLINE bool in_range(float largest) {
+    return largest == 0.f || (largest >= 0x1p-43f && largest <= 0x1p43f);
+  }
+
+  // Scores are not multiplied by others: what matters is their absolute error, so that small
+  // operands are in range.
+  static TSA_INLINE bool in_range_of_scores(float largest, VecF factor) {
+    return largest <= 0x1p43f && absolute(factor)[0] <= 0x1p30f;
+  }
+
+  static TSA_INLINE Words<float, n> load_along(const Rows& rows, std::int64_t row, std::int64_t x,
+                                               std::int64_t /*n_words*/) {
+    const std::int64_t d = x * kPack;
+    return split(load_from(rows, row, d), load_from(rows, row, d + kLanes<float>));
+  }
+  static TSA_INLINE Words<float, n> load_across(const Rows& rows, std::int64_t begin,
+                                                std::int64_t end, std::int64_t x, std::int64_t d,
+                                                std::int64_t elements) {
+    constexpr int lanes = kLanes<float>;
+    const std::int64_t row = begin + x / lanes * lanes * kPack + x % lanes;
+    const auto load_row_of = [&](std::int64_t r) __attribute__((always_inline)) {
+      return r < end ? load_elements_of_row<float>(rows, r, d, elements) : VecF{};
+    };
+    return split(load_row_of(row), load_row_of(row + lanes));
+  }
+
+  // Words of 2 x kLanes columns of a row, and of two rows that are kLanes apart.
+  static TSA_INLINE Words<float, n> split(VecF first, VecF second) {
+    Words<float, n> words;
+#pragma GCC unroll 4
+    for (int part = 0; part < n; ++part) {
+      const VecF a = high_part(first, part);
+      const VecF b = high_part(second, part);
+      words.part[part] = joined(a, b);
+      first -= a;
+      second -= b;
+    }
+    return words;
+  }
+  static TSA_INLINE void put_along(VecF first, VecF second, float* to) {
+    const Words<float, n> words = split(first, second);
+#pragma GCC unroll 4
+    for (int part = 0; part < n; ++part) store(to + part * kLanes<float>, words.part[part]);
+  }
+
+  static constexpr int kPairDistance = kLanes<float>;
+  static constexpr int pair_row(int w) { return w; }
+  static TSA_INLINE Words<float, n> words_across(VecF a, VecF b) { return split(a, b); }
+  static TSA_INLINE WordSquare<float, n> words_of_square(VecF a0, VecF a1, VecF b0, VecF b1) {
+    WordSquare<float, n> square;
+#pragma GCC unroll 4
+    for (int part = 0; part < n; ++part) {
+      const VecF a[2] = {high_part(a0, part), high_part(a1, part)};
+      const VecF b[2] = {high_part(b0, part), high_part(b1, part)};
+      square.along[0].part[part] = joined(a[0], a[1]);
+      square.along[1].part[part] = joined(b[0], b[1]);
+      square.across[0].part[part] = joined(a[0], b[0]);
+      square.across[1].part[part] = joined(a[1], b[1]);
+      a0 -= a[0];
+      a1 -= a[1];
+      b0 -= b[0];
+      b1 -= b[1];
+    }
+    return square;
+  }
+
+  // The largest of a part 0 may be less than its element, by 2^-8 of it.
+  static TSA_INLINE float bound_of(VecF bound) {
+    return (1.f + 0x1p-7f) * Bfloat16Words::bound_of(bound);
+  }
+
+  // x rounded to bfloat16, halves away from 0; what is left of it in the last part fits.
+  static TSA_INLINE VecF high_part(VecF x, int part) {
+    const auto bits = (IntVec<float>)x;
+    if (n == 3 && part == 2) return x;
+    return (VecF)((bits + 0x8000) & kHighHalf);
+  }
+  // Two vectors of parts become words.
+  static TSA_INLINE VecF joined(VecF low, VecF high) {
+    const __m512i shifted = _mm512_srli_epi32((__m512i)low, 16);
+    // shifted | (high & mask)
+    return (VecF)_mm512_ternarylogic_epi32(shifted, (__m512i)high, _mm512_set1_epi32(kHighHalf),
+                                           0xf8);
+  }
+
+ private:
+  static constexpr int kHighHalf = -0x10000;
+
+  static TSA_INLINE VecF load_from(const Rows& rows, std::int64_t row, std::int64_t d) {
+    const std::int64_t elements = smaller<std::int64_t>(kLanes<float>, rows.width - d);
+    return elements > 0 ? load_elements_of_row<float>(rows, row, d, elements) : VecF{};
+  }
+};
+
+template <int n>
+using FloatTiles = Tiles<FloatParts<n>>;
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
+#endif

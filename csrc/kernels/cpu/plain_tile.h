@@ -1,0 +1,136 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/score_gradient.h"
+#include "kernels/cpu/tile.h"
+
+// Backward of a register tile, 32 queries and 32 keys, where nothing stands between the products
+// and the softmax: no mask, no ALiBi, no dropout. Scores and dP become weights and gradients of
+// scores while they are in L1, and leave it as the operands of the three products that follow.
+// Bound: 2^x, and making words of the weights and of the gradients in both directions.
+namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
+
+// Weights and gradients of the scores of a tile as the products read them: words across the rows
+// [words(rows)][ld], and of the gradients along the rows [rows][along_ld] too.
+template <typename Operand>
+struct PackedTile {
+  using T = typename Operand::Scalar;
+  T *weights, *gradients;
+  std::int64_t ld;
+  T* along;
+  std::int64_t along_ld;
+
+  struct Pair {
+    Vec<T> left, right;  // of the keys from j and kLanes further on
+  };
+  // The two rows of word w of the rows from `first`: weights p and gradients x.
+  TSA_INLINE void put(std::int64_t first, int w, std::int64_t j, Pair upper_p, Pair lower_p,
+                      Pair upper_x, Pair lower_x) const {
+    constexpr int lanes = kLanes<T>;
+    constexpr int parts = Operand::kParts;
+    const auto left = Operand::words_across(upper_p.left, lower_p.left);
+    const auto right = Operand::words_across(upper_p.right, lower_p.right);
+    const auto square =
+        Operand::words_of_square(upper_x.left, upper_x.right, lower_x.left, lower_x.right);
+    const std::int64_t across = (Operand::words(first) + w) * ld + j;
+    T* const upper = along + (first + Operand::pair_row(w)) * along_ld + Operand::words(j);
+    T* const lower = upper + Operand::kPairDistance * along_ld;
+#pragma GCC unroll 4
+    for (int part = 0; part < parts; ++part) {
+      const std::int64_t to = across + part * lanes * ld;
+      store(weights + to, left.part[part]);
+      store(weights + to + lanes, right.part[part]);
+      store(gradients + to, square.across[0].part[part]);
+      store(gradients + to + lanes, square.across[1].part[part]);
+      store(upper + part * lanes, square.along[0].part[part]);
+      store(lower + part * lanes, square.along[1].part[part]);
+    }
+  }
+};
+
+template <typename Gradient>
+class PlainTile {
+ public:
+  using Operand = typename Gradient::Operand;
+  using T = typename Operand::Scalar;
+  static std::int64_t size() { return 2 * Operand::kTileRows * kStride; }
+
+  // To work in: scratch[size()].
+  PlainTile(Gradient& gradient, T* scratch, const PackedTile<Operand>& packed)
+      : gradient_(gradient),
+        scores_(scratch),
+        products_(scratch + Operand::kTileRows * kStride),
+        packed_(packed) {}
+
+  // Rows [r, r + n) of the tile and the keys of one panel, from column u, whose first is `key`; lse
+  // in units of log2, and delta, are of row r. False: a score is -inf, which has overflowed.
+  bool run(const TileRanges<T>& tile, std::int64_t r, std::int64_t n, std::int64_t u,
+           std::int64_t key, const T* key_panel, const T* grad_out, std::int64_t grad_out_ld,
+           const T* value_panel, std::int64_t value_words, const T* lse, const T* delta) {
+    gradient_.scores(r, n, key_panel, T(0), key, scores_, kStride);
+    multiply_rows<Operand, 2, false, true>(n, grad_out, grad_out_ld, value_panel, kPanel<T>,
+                                           value_words, products_, kStride);
+    bool all_see_all = n == Operand::kTileRows;
+    for (std::int64_t i = r; i < r + n; ++i) {
+      all_see_all = all_see_all && tile.begin[i] <= u && u + kPanel<T> <= tile.end[i];
+    }
+    return all_see_all ? softmax<true>(tile, r, n, u, lse, delta)
+                       : softmax<false>(tile, r, n, u, lse, delta);
+  }
+
+ private:
+  // Rows would else begin in the same few sets of L1.
+  static constexpr std::int64_t kStride = kPanel<T> + kLanes<T>;
+
+  template <bool kAllSeeAll>
+  bool softmax(const TileRanges<T>& tile, std::int64_t r, std::int64_t n, std::int64_t u,
+               const T* lse, const T* delta) {
+    using Pair = typename PackedTile<Operand>::Pair;
+    constexpr int lanes = kLanes<T>;
+    const auto scaled = gradient_.scale(false);
+    Vec<T> smallest{};
+    const auto row = [&](std::int64_t i, Pair& p, Pair& x) __attribute__((always_inline)) {
+      if (!kAllSeeAll && i >= n) {
+        p = x = Pair{};
+        return;
+      }
+      const Vec<T> shift = splat(lse[i]);
+      const Vec<T> less = splat(delta[i]);
+      const auto half = [&](int j, Vec<T>& weight,
+                            Vec<T>& gradient) __attribute__((always_inline)) {
+        Vec<T> score = load(scores_ + i * kStride + j);
+        Vec<T> product = load(products_ + i * kStride + j);
+        IntVec<T> seen{};
+        if constexpr (!kAllSeeAll) {
+          const Vec<T> column = lane_numbers<T>() + splat(static_cast<T>(u + j));
+          seen = (column >= splat(static_cast<T>(tile.begin[r + i]))) &
+                 (column < splat(static_cast<T>(tile.end[r + i])));
+          score = seen ? score : Vec<T>{};
+        }
+        smallest = at_most(score, smallest);
+        weight = exp2<T>(scaled.minus(score, shift));
+        gradient = weight == Vec<T>{} ? Vec<T>{} : weight * (product - less);
+        if constexpr (!kAllSeeAll) {
+          weight = seen ? weight : Vec<T>{};
+          gradient = seen ? gradient : Vec<T>{};
+        }
+      };
+      half(0, p.left, x.left);
+      half(lanes, p.right, x.right);
+    };
+    for (int w = 0; w < lanes; ++w) {
+      Pair p[2], x[2];
+      row(Operand::pair_row(w), p[0], x[0]);
+      row(Operand::pair_row(w) + Operand::kPairDistance, p[1], x[1]);
+      packed_.put(r, w, u, p[0], p[1], x[0], x[1]);
+    }
+    return !any_lane<T>(smallest == splat(-infinity<T>()));
+  }
+
+  Gradient& gradient_;
+  T *scores_, *products_;
+  PackedTile<Operand> packed_;
+};
+
+}  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
