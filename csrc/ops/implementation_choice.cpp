@@ -64,8 +64,9 @@ size_t choose_implementation(const std::string& call, const std::vector<Candidat
   const std::string forced = forced_implementation();
   size_t chosen = candidates.size();
   for (size_t i = 0; i < candidates.size() && chosen == candidates.size(); ++i) {
-    const bool wanted =
-        forced.empty() ? candidates[i].reason.empty() : candidates[i].name == forced;
+    const bool wanted = forced.empty()
+                            ? candidates[i].reason.empty() && candidates[i].passed_over.empty()
+                            : candidates[i].name == forced;
     if (wanted) chosen = i;
   }
   if (!forced.empty()) {
@@ -90,6 +91,8 @@ std::string explain_choice(const std::string& call, const std::vector<Candidate>
     text += "\n  " + candidate.name + ": ";
     if (!candidate.reason.empty()) {
       text += "not supported, " + candidate.reason;
+    } else if (forced.empty() && !candidate.passed_over.empty()) {
+      text += "supported, but passed over: " + candidate.passed_over;
     } else if (!forced.empty() ? candidate.name == forced : !chosen) {
       text += forced.empty() ? "runs" : "runs (forced)";
       chosen = true;

@@ -8,13 +8,16 @@
 #include "kernels/common/attention_problem.h"
 
 // The ordered list of implementations that each device has for an operator, best first: the first
-// one that does not refuse the problem runs. A user can force one by name.
+// one that does not refuse the problem, and is not known to be slower than a later one, runs. A
+// user can force one by name.
 namespace torch_selfattn::ops {
 
-// One line of explain(): why an implementation refuses, empty if it does not.
+// One line of explain(): why an implementation refuses, and why it is passed over if nobody forces
+// it; empty if it does not, or is not.
 struct Candidate {
   std::string name;
   std::string reason;
+  std::string passed_over = {};
 };
 
 // The name that every attention call of the process must use; empty: the best one.
@@ -37,13 +40,22 @@ bool verbose_dispatch();
 // True if the list must be gone through in words: somebody forces a name or reads along.
 bool choice_needs_reasons();
 
-// `List` is a range of structs with `name` and `const char* not_supported(problem)`.
+// Why an implementation that supports the problem is passed over, or null.
+template <typename Implementation, typename Problem>
+const char* passed_over(const Implementation& implementation, const Problem& problem) {
+  if constexpr (requires { implementation.slower(problem); }) return implementation.slower(problem);
+  return nullptr;
+}
+
+// `List` is a range of structs with `name` and `const char* not_supported(problem)`, and maybe
+// `const char* slower(problem)`.
 template <typename List, typename Problem>
 std::vector<Candidate> list_candidates(const List& list, const Problem& problem) {
+  const auto text = [](const char* reason) { return std::string(reason == nullptr ? "" : reason); };
   std::vector<Candidate> candidates;
   for (const auto& implementation : list) {
-    const char* reason = implementation.not_supported(problem);
-    candidates.push_back({implementation.name, reason == nullptr ? "" : reason});
+    candidates.push_back({implementation.name, text(implementation.not_supported(problem)),
+                          text(passed_over(implementation, problem))});
   }
   return candidates;
 }
@@ -54,7 +66,10 @@ const auto& choose_from(const List& list, const Problem& problem, const char* op
                         const char* direction, const char* device) {
   if (!choice_needs_reasons()) {
     for (const auto& implementation : list) {
-      if (implementation.not_supported(problem) == nullptr) return implementation;
+      if (implementation.not_supported(problem) == nullptr &&
+          passed_over(implementation, problem) == nullptr) {
+        return implementation;
+      }
     }
   }
   const std::string call = std::string(op) + " " + direction + " on " + device;

@@ -158,10 +158,12 @@ LACKS = "not supported, this CPU has no "
 
 def on_this_machine(said, here):
     """A documented answer as it must be where `here` is the answer to some call: without the
-    implementations that are not there, and refused by those that the processor cannot run."""
+    implementations that are not there, and refused by those that the processor cannot run. What is
+    passed over stays so, unless one is forced."""
     lacking = {name: text for name, text in here.items() if text.startswith(LACKS)}
     result = {name: lacking.get(name, said[name]) for name in here}
-    able = [name for name in result if not result[name].startswith("not supported")]
+    out = ("not supported", "supported, but passed over")
+    able = [name for name in result if not result[name].startswith(out)]
     forced = [name for name, text in said.items() if text == "runs (forced)"]
     for name in able:
         if forced:
@@ -205,6 +207,9 @@ def test_explain_as_documented_on_other_machines():
     no_amx = said | {"amx": LACKS + "AMX"}
     assert on_this_machine(pairs, no_amx) == no_amx | {"avx512bf16": "runs", "avx512": better}
     assert on_this_machine(pairs, no_avx512) == no_avx512
+    passed_over = {"amx": "supported, but passed over: there are few queries"}
+    assert on_this_machine(said | passed_over, said | passed_over) == said | passed_over
+    assert on_this_machine(said | passed_over, no_avx512) == no_avx512
     forced = {name: "runs (forced)" if name == "avx512" else not_forced for name in said}
     want = no_avx512 | {"avx2": not_forced, "generic": not_forced}
     assert on_this_machine(forced, no_avx512) == want

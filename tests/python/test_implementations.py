@@ -42,14 +42,37 @@ def test_the_best_for_this_cpu_runs():
         best = "avx2"
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c"} <= flags:
         best = "avx512"
+    has_tiles = best == "avx512" and {"avx512_bf16", "amx_tile", "amx_bf16"} <= flags
     for score in SCORES:
         said = explain(BY_NAME["plain"].arguments(score, torch.float32))
         assert said[best] == "runs", said
         said = explain(BY_NAME["plain"].arguments(score, torch.bfloat16))
         products = best
         if score == "dot" and best == "avx512" and "avx512_bf16" in flags:
-            products = "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512bf16"
+            products = "amx" if has_tiles else "avx512bf16"
         assert said[products] == "runs", said
+    for queries, head_dim, dtype, products in (
+        (128, 17, torch.float32, "amx"),
+        (127, 64, torch.float32, best),
+        (128, 16, torch.float32, best),
+        (128, 64, torch.float64, best),
+        (32, 16, torch.float16, "amx"),
+        (31, 64, torch.float16, best),
+    ):
+        x = torch.zeros(1, 1, queries, head_dim, dtype=dtype)
+        said = explain({"query": x, "key": x, "value": x})
+        assert said[products if has_tiles else best] == "runs", (queries, head_dim, dtype, said)
+
+
+@pytest.mark.skipif(not {"amx_tile", "amx_bf16"} <= cpu_flags(), reason="this CPU has no AMX")
+def test_what_is_passed_over_runs_by_name():
+    x = torch.randn(1, 2, 5, 8)
+    said = explain({"query": x, "key": x, "value": x})
+    assert said["amx"] == "supported, but passed over: there are few queries"
+    with torch_selfattn.use_implementation("amx"):
+        assert explain({"query": x, "key": x, "value": x})["amx"] == "runs (forced)"
+        out = torch_selfattn.dot_product_attention(x, x, x)
+    torch.testing.assert_close(out, torch_selfattn.dot_product_attention(x, x, x))
 
 
 @pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this CPU has no AVX512-BF16")
@@ -57,12 +80,14 @@ def test_products_of_pairs_refuse_what_they_would_round():
     for score, dtype, reason in (
         ("dot", torch.float32, "the inputs are not bfloat16"),
         ("dot", torch.float16, "the inputs are not bfloat16"),
+        ("dot", torch.float64, "the inputs are not bfloat16"),
         ("additive", torch.bfloat16, "the additive score has no products of pairs"),
     ):
         said = explain(BY_NAME["plain"].arguments(score, dtype))
         assert said["avx512bf16"] == f"not supported, {reason}"
         if {"amx_tile", "amx_bf16"} <= cpu_flags():
-            assert said["amx"] == f"not supported, {reason}"
+            refused = score == "additive" or dtype == torch.float64
+            assert said["amx"].startswith("not supported") == refused
 
 
 @pytest.mark.parametrize("score", SCORES)

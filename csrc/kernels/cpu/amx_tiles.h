@@ -34,22 +34,24 @@ struct alignas(64) TileConfiguration {
 };
 
 // The products of parts that make up a product, parts counted from the largest: those left out are
-// below the precision of the last. Neighbours have a part in common, so that its tiles stay.
+// below the last part of either. Neighbours have a part in common, so that its tiles stay. The first
+// kExact are made only where sums begin, not where they are added to: what becomes scores keeps all
+// digits of two parts, since the lse of float16 is float.
 template <int kParts>
 struct PartProducts {
-  static constexpr int kCount = 1;
+  static constexpr int kCount = 1, kExact = 0;
   static constexpr int kLeft[] = {0};
   static constexpr int kRight[] = {0};
 };
 template <>
 struct PartProducts<2> {
-  static constexpr int kCount = 3;
-  static constexpr int kLeft[] = {1, 0, 0};
-  static constexpr int kRight[] = {0, 0, 1};
+  static constexpr int kCount = 4, kExact = 1;
+  static constexpr int kLeft[] = {1, 1, 0, 0};
+  static constexpr int kRight[] = {1, 0, 0, 1};
 };
 template <>
 struct PartProducts<3> {
-  static constexpr int kCount = 6;
+  static constexpr int kCount = 6, kExact = 0;
   static constexpr int kLeft[] = {2, 1, 1, 0, 0, 0};
   static constexpr int kRight[] = {0, 0, 1, 1, 2, 0};
 };
@@ -140,11 +142,12 @@ struct Tiles : Packed {
       if constexpr (two_rows && two_vectors) _tile_zero(3);
     }
     using Products = PartProducts<kParts>;
+    constexpr int first = kAdd ? Products::kExact : 0;
     for (std::int64_t k = 0; k < depth; k += kStepWords, a += a_step, b += kStepWords * ldb) {
 #pragma GCC unroll 8
-      for (int n = 0; n < Products::kCount; ++n) {
-        const bool new_left = n == 0 || Products::kLeft[n] != Products::kLeft[n - 1];
-        const bool new_right = n == 0 || Products::kRight[n] != Products::kRight[n - 1];
+      for (int n = first; n < Products::kCount; ++n) {
+        const bool new_left = n == first || Products::kLeft[n] != Products::kLeft[n - 1];
+        const bool new_right = n == first || Products::kRight[n] != Products::kRight[n - 1];
         const float* const left = a + Products::kLeft[n] * kTile;
         const float* const right = b + Products::kRight[n] * kTile * ldb;
         if (new_left) _tile_loadd(4, left, a_bytes);

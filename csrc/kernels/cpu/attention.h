@@ -12,6 +12,8 @@ struct AttentionImplementation {
   const char* name;
   // Why this implementation cannot run the problem on this machine, or null if it can.
   const char* (*not_supported)(const AttentionProblem&);
+  // Why a later one is faster for a problem that this one can run, or null. By name it runs.
+  const char* (*slower)(const AttentionProblem&);
   void (*forward)(const AttentionForward&, const Parallel&);
   void (*backward)(const AttentionBackward&, const Parallel&);
   void (*weights)(const AttentionWeights&, const Parallel&);

@@ -35,12 +35,11 @@ class BackwardKernel {
   using Operand = typename Gradient::Operand;
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Gradient::kGroupRows;
-  static constexpr bool kHasCarefulPass = Operand::kParts == 1;
 
   BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel), mask_(call) {}
 
-  // False: as ForwardKernel::run().
+  // False: a failure (operand.h).
   bool run() {
     plan();
     if (p_.dropout_p > 0.0) dropout_ = Dropout::make(p_.dropout_p, p_.philox_state);
@@ -54,7 +53,7 @@ class BackwardKernel {
     if (groups_ > 1) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int) {
-        prepare(t / chunks / p_.heads, t / chunks % p_.heads, t % chunks * kPrepareRows,
+        prepare(copies_, t / chunks / p_.heads, t / chunks % p_.heads, t % chunks * kPrepareRows,
                 smaller((t % chunks + 1) * kPrepareRows, p_.query_length));
       });
     }
@@ -64,7 +63,7 @@ class BackwardKernel {
       Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, t % groups_};
       task.run();
     });
-    if (has_failed()) return false;
+    if (failure_.raised()) return false;
     if (groups_ > 1) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
@@ -132,13 +131,7 @@ class BackwardKernel {
     lse_ = carver.take<T>(rows);
     norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
-    const std::int64_t across = p_.batch * p_.heads * row_words_;
-    if (copy_query_) query_across_ = carver.take<T>(across * query_width_);
-    if (copy_grad_out_) grad_out_across_ = carver.take<T>(across * value_width_);
-    if constexpr (kPacksTwice) {
-      query_along_ = carver.take<T>(rows * query_words_);
-      grad_out_along_ = carver.take<T>(rows * value_words_);
-    }
+    if (groups_ > 1) copies_.carve(*this, carver, p_.batch * p_.heads);
     if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
     if (Gradient::kHasWeight) {
       weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
@@ -159,6 +152,26 @@ class BackwardKernel {
     return larger<std::int64_t>(smaller<std::int64_t>(threads, batch_sets_ * head_sets_), 1);
   }
   std::int64_t weight_size() const { return query_width_ + 1; }  // sum G r, then sum G
+
+  // Copies of queries and of the output's gradient as the products read them, where they cannot be
+  // read in place: [head][words or rows][width or words]. Of all heads, if several tasks read them;
+  // else of the heads of one key head, by its task.
+  struct Copies {
+    T *query_across = nullptr, *grad_out_across = nullptr;
+    T *query_along = nullptr, *grad_out_along = nullptr;  // if kPacksTwice
+
+    void carve(const BackwardKernel& k, Carver& carver, std::int64_t heads) {
+      const std::int64_t across = heads * k.row_words_;
+      const std::int64_t rows = heads * k.p_.query_length;
+      query_across = carver.take<T>(k.copy_query_ ? across * k.query_width_ : 0);
+      grad_out_across = carver.take<T>(k.copy_grad_out_ ? across * k.value_width_ : 0);
+      query_along = carver.take<T>(kPacksTwice ? rows * k.query_words_ : 0);
+      grad_out_along = carver.take<T>(kPacksTwice ? rows * k.value_words_ : 0);
+    }
+  };
+  std::int64_t place_of_copy(std::int64_t b, std::int64_t h) const {
+    return groups_ > 1 ? b * p_.heads + h : h % p_.group_size();
+  }
 
   struct Buffers {
     Buffers(const BackwardKernel& k, Carver carver) {
@@ -188,6 +201,7 @@ class BackwardKernel {
       factors = carver.take<T>(k.query_width_);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges<T>>(1);
+      if (k.groups_ == 1) copies.carve(k, carver, k.p_.kv_heads > 0 ? k.p_.group_size() : 0);
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
@@ -196,6 +210,7 @@ class BackwardKernel {
     T *row, *grad_key, *grad_key_head, *grad_value, *grad_key_turned, *grad_value_turned, *factors;
     RowRanges* ranges;
     TileRanges<T>* tile;
+    Copies copies;
     std::int64_t bytes;
   };
   Buffers buffers(int thread) const {
@@ -205,48 +220,37 @@ class BackwardKernel {
   std::int64_t first_row(std::int64_t b, std::int64_t h) const {
     return (b * p_.heads + h) * p_.query_length;
   }
-  std::int64_t first_word(std::int64_t b, std::int64_t h) const {
-    return (b * p_.heads + h) * row_words_;
-  }
   std::int64_t packed_ld() const { return Operand::words(score_ld_); }
-
-  void fail() const { __atomic_store_n(&failed_, true, __ATOMIC_RELAXED); }
-  bool has_failed() const {
-    return !kHasCarefulPass && __atomic_load_n(&failed_, __ATOMIC_RELAXED);
-  }
-  void check_range(T largest) const {
-    if constexpr (!kHasCarefulPass) {
-      if (!Operand::in_range(largest)) fail();
-    }
-  }
 
   // As the operand of sums over rows: words of neighbouring rows.
   void pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) const {
     if constexpr (Operand::kTransposes) {
-      check_range(pack_transposed<Operand>(rows, begin, n, to));
+      failure_.check(pack_transposed<Operand>(rows, begin, n, to));
     } else {
       pack_across_rows<Operand>(rows, begin, n, to);
     }
   }
 
   // delta, lse in log2, and copies of what cannot be read in place, of rows [begin, end).
-  void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
+  void prepare(const Copies& copies, std::int64_t b, std::int64_t h, std::int64_t begin,
+               std::int64_t end) const {
     const std::int64_t row0 = first_row(b, h);
     const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
     const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
-    const std::int64_t word = first_word(b, h) + Operand::words(begin);
+    const std::int64_t place = place_of_copy(b, h);
+    const std::int64_t word = place * row_words_ + Operand::words(begin);
     if (copy_query_) {
-      pack_over_rows(query, begin, end - begin, query_across_ + word * query_width_);
+      pack_over_rows(query, begin, end - begin, copies.query_across + word * query_width_);
     }
     if (copy_grad_out_) {
-      pack_over_rows(grad, begin, end - begin, grad_out_across_ + word * value_width_);
+      pack_over_rows(grad, begin, end - begin, copies.grad_out_across + word * value_width_);
     }
     if constexpr (kPacksTwice) {
-      pack_along_rows<Operand>(query, begin, end - begin,
-                               query_along_ + (row0 + begin) * query_words_);
+      const std::int64_t row = place * p_.query_length + begin;
+      pack_along_rows<Operand>(query, begin, end - begin, copies.query_along + row * query_words_);
       pack_along_rows<Operand>(grad, begin, end - begin,
-                               grad_out_along_ + (row0 + begin) * value_words_);
+                               copies.grad_out_along + row * value_words_);
     }
     for (std::int64_t i = begin; i < end; ++i) {
       Vec<T> sum{};
@@ -294,23 +298,27 @@ class BackwardKernel {
     std::int64_t ld;
     const T* row(std::int64_t r) const { return data + r * ld; }
   };
-  Matrix query_across(std::int64_t b, std::int64_t h) const {
-    if (copy_query_) return {query_across_ + first_word(b, h) * query_width_, query_width_};
+  Matrix query_across(const Copies& copies, std::int64_t b, std::int64_t h) const {
+    const std::int64_t word = place_of_copy(b, h) * row_words_;
+    if (copy_query_) return {copies.query_across + word * query_width_, query_width_};
     const Rows rows = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     return {Operand::in_place(rows), rows.row_stride};
   }
-  Matrix grad_out_across(std::int64_t b, std::int64_t h) const {
-    if (copy_grad_out_) return {grad_out_across_ + first_word(b, h) * value_width_, value_width_};
+  Matrix grad_out_across(const Copies& copies, std::int64_t b, std::int64_t h) const {
+    const std::int64_t word = place_of_copy(b, h) * row_words_;
+    if (copy_grad_out_) return {copies.grad_out_across + word * value_width_, value_width_};
     const Rows rows = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     return {Operand::in_place(rows), rows.row_stride};
   }
-  Matrix query_along(std::int64_t b, std::int64_t h) const {
-    if constexpr (!kPacksTwice) return query_across(b, h);
-    return {query_along_ + first_row(b, h) * query_words_, query_words_};
+  Matrix query_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
+    if constexpr (!kPacksTwice) return query_across(copies, b, h);
+    const std::int64_t row = place_of_copy(b, h) * p_.query_length;
+    return {copies.query_along + row * query_words_, query_words_};
   }
-  Matrix grad_out_along(std::int64_t b, std::int64_t h) const {
-    if constexpr (!kPacksTwice) return grad_out_across(b, h);
-    return {grad_out_along_ + first_row(b, h) * value_words_, value_words_};
+  Matrix grad_out_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
+    if constexpr (!kPacksTwice) return grad_out_across(copies, b, h);
+    const std::int64_t row = place_of_copy(b, h) * p_.query_length;
+    return {copies.grad_out_along + row * value_words_, value_words_};
   }
   struct MutableMatrix {
     T* data;
@@ -340,19 +348,11 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const KeyRange batches = members(batch_set, k.batch_sets_, p.batch);
       const KeyRange heads = members(head_set, k.head_sets_, p.kv_heads);
-      const std::int64_t per_head = p.group_size();
-      if (k.groups_ == 1) {
-        for (std::int64_t b = batches.begin; b < batches.end; ++b) {
-          for (std::int64_t h = heads.begin * per_head; h < heads.end * per_head; ++h) {
-            k.prepare(b, h, 0, p.query_length);
-          }
-        }
-      }
-      if (k.has_failed() || run_unit(batches, heads, Zeros::kMultiply)) return;
-      if constexpr (kHasCarefulPass) {
-        run_unit(batches, heads, Zeros::kSkip);
+      if (k.failure_.raised() || run_unit(batches, heads, Zeros::kMultiply)) return;
+      if constexpr (Failure<Operand>::kPossible) {
+        k.failure_.raise();
       } else {
-        k.fail();
+        run_unit(batches, heads, Zeros::kSkip);
       }
     }
 
@@ -374,6 +374,7 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
+        if (k.groups_ == 1) k.prepare(buffer.copies, b, h, 0, p.query_length);
         const MutableMatrix dq = k.grad_query_matrix(b, h, group);
         for (std::int64_t i = 0; i < p.query_length; ++i) {
           fill_zero(dq.data + i * dq.ld, k.query_width_);
@@ -390,8 +391,8 @@ class BackwardKernel {
       for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
         const std::int64_t first = n * k.block_keys_;
         const std::int64_t keys = smaller(k.block_keys_, p.key_length - first);
-        k.check_range(pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first,
-                                           keys, buffer.value_panels, Unchanged<T>{}));
+        k.failure_.check(pack_panels<Operand>(rows_of(p.dtype, p.value, b, hk, p.value_dim), first,
+                                              keys, buffer.value_panels, Unchanged<T>{}));
         fill_zero(buffer.grad_key, keys * k.query_width_);
         const Sums dv = value_sums();
         const Sums dk_head = head_key_sums();
@@ -401,11 +402,11 @@ class BackwardKernel {
           alibi = Alibi<T>(p, b, h);
           if (h == hk * per_head || Gradient::Score::kKeysPerQueryHead) {
             gradient.load_keys(b, hk, first, keys, buffer.key_panels, buffer.bounds);
-            if constexpr (!kHasCarefulPass) {
-              if (!gradient.is_in_range()) k.fail();
+            if constexpr (Failure<Operand>::kPossible) {
+              if (!gradient.is_in_range()) k.failure_.raise();
             }
           }
-          if (k.has_failed()) return true;
+          if (k.failure_.raised()) return true;
           dk_head.clear(keys);
           for (std::int64_t i = 0; i < p.query_length; i += k.block_rows_) {
             run_tile(gradient, b, h, i, first, keys, zeros);
@@ -477,6 +478,7 @@ class BackwardKernel {
       return {buffer.grad_value, buffer.grad_value_turned, k.value_width_, k.score_ld_};
     }
 
+    const Copies& copies() const { return k.groups_ > 1 ? k.copies_ : buffer.copies; }
     double* weight_sums(std::int64_t b, std::int64_t h) const {
       return k.weight_sums_ + ((b * k.p_.heads + h) * k.groups_ + group) * k.weight_size();
     }
@@ -525,15 +527,15 @@ class BackwardKernel {
         return;
       }
 
-      const Matrix query = k.query_along(b, h);
+      const Matrix query = k.query_along(copies(), b, h);
       gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       const bool plain =
           zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first, keys);
       const double total = plain ? 0.0 : run_scores(gradient, b, h, i0, rows, first, keys, zeros);
       const std::int64_t word = Operand::words(i0);
       const std::int64_t across_ld = (kPacksApart ? 1 : Operand::kPack) * k.score_ld_;
-      const Matrix grad_out_across = k.grad_out_across(b, h);
-      const Matrix query_across = k.query_across(b, h);
+      const Matrix grad_out_across = k.grad_out_across(copies(), b, h);
+      const Matrix query_across = k.query_across(copies(), b, h);
       const Sums dv = value_sums();
       const Sums dk_head = head_key_sums();
       add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights_across, across_ld,
@@ -566,7 +568,7 @@ class BackwardKernel {
                       std::int64_t rows, std::int64_t first, std::int64_t keys, Zeros zeros) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
-      const Matrix grad_out = k.grad_out_along(b, h);
+      const Matrix grad_out = k.grad_out_along(copies(), b, h);
       const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
       const std::int64_t value_size = Operand::words(p.value_dim);
       for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
@@ -681,7 +683,7 @@ class BackwardKernel {
         }
         const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
         const std::int64_t value_size = Operand::words(p.value_dim);
-        const Matrix grad_out = k.grad_out_along(b, h);
+        const Matrix grad_out = k.grad_out_along(copies(), b, h);
         PlainTile<Gradient> plain(gradient, buffer.plain_tile, packed_tile());
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
@@ -858,7 +860,7 @@ class BackwardKernel {
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
-  mutable bool failed_ = false;  // see run(); any thread may set it
+  mutable Failure<Operand> failure_;
 
   MaskGradient<T> mask_;
 
@@ -866,10 +868,7 @@ class BackwardKernel {
   T* lse_ = nullptr;               // [b][h][i] in units of log2
   T* norm_ = nullptr;              // [b][h][i]: 1, or see exact_statistics
   char* huge_ = nullptr;           // [b][h][i]: the scores of the row are huge
-  T* query_across_ = nullptr;      // [b][h][row_words_][query_width_]
-  T* grad_out_across_ = nullptr;   // [b][h][row_words_][value_width_]
-  T* query_along_ = nullptr;       // [b][h][i][query_words_], if kPacksTwice
-  T* grad_out_along_ = nullptr;    // [b][h][i][value_words_], if kPacksTwice
+  Copies copies_;                  // if groups_ > 1
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
   double* slope_sums_ = nullptr;   // [b][h][group]; null: not wanted

@@ -47,7 +47,6 @@ class ForwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
-  static constexpr bool kHasCarefulPass = Operand::kParts == 1;
   // Other scores take so long that looking for maxima, and masks in a pass of their own, do not
   // matter; nor are they known to be bounded.
   static constexpr bool kKeepsReferences =
@@ -58,8 +57,7 @@ class ForwardKernel {
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
 
-  // False: the results are worth nothing, since a number is out of the operand's range, or a result
-  // is not finite where there is no careful pass.
+  // False: a failure (operand.h).
   bool run() {
     if (p_.batch * p_.heads == 0 || p_.query_length == 0) return true;
     plan();
@@ -96,7 +94,7 @@ class ForwardKernel {
       Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
       task.run();
     });
-    if (has_failed()) return false;
+    if (failure_.raised()) return false;
     if (splits_ > 1) {
       const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
       const std::int64_t chunk = larger<std::int64_t>(kMergedElements / (splits_ * width_ + 1), 1);
@@ -235,19 +233,9 @@ class ForwardKernel {
     score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * key_size(),
                     key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
     if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
-      check_range(pack_across_rows<Operand>(
+      failure_.check(pack_across_rows<Operand>(
           value_rows(b, hk), j, n,
           values_ + Operand::words((b * p_.kv_heads + hk) * padded_keys() + j) * width_));
-    }
-  }
-
-  void fail() const { __atomic_store_n(&failed_, true, __ATOMIC_RELAXED); }
-  bool has_failed() const {
-    return !kHasCarefulPass && __atomic_load_n(&failed_, __ATOMIC_RELAXED);
-  }
-  void check_range(T largest) const {
-    if constexpr (!kHasCarefulPass) {
-      if (!Operand::in_range(largest)) fail();
     }
   }
 
@@ -278,7 +266,7 @@ class ForwardKernel {
     }
 
     void run() {
-      if (k.has_failed()) return;
+      if (k.failure_.raised()) return;
       const AttentionProblem& p = k.p_;
       Buffers buffer = k.buffers(thread);
       const std::int64_t rows = k.block_heads_ * queries();
@@ -301,11 +289,11 @@ class ForwardKernel {
           if (finish(buffer, score, rows, Zeros::kMultiply)) return;
         }
       }
-      if constexpr (kHasCarefulPass) {
+      if constexpr (Failure<Operand>::kPossible) {
+        k.failure_.raise();
+      } else {
         attend(buffer, score, rows, Zeros::kSkip);
         finish(buffer, score, rows, Zeros::kSkip);
-      } else {
-        k.fail();
       }
     }
 
@@ -332,7 +320,7 @@ class ForwardKernel {
         block.panels = buffer.panels;
         block.bounds = buffer.bounds;
         if (k.copy_values_) {
-          k.check_range(pack_across_rows<Operand>(value, first, keys, buffer.values));
+          k.failure_.check(pack_across_rows<Operand>(value, first, keys, buffer.values));
           block.values = buffer.values;
         }
       }
@@ -423,9 +411,11 @@ class ForwardKernel {
         if (!find_ranges(tile, *buffer.ranges, rows, first, keys)) continue;
         KeyBlock block{first, keys};
         if constexpr (!Score::kInPlace) block = key_block(buffer, score, first, keys);
-        if constexpr (!kHasCarefulPass) {
-          if (!score.are_bounded(block.bounds, (keys + kPanel<T> - 1) / kPanel<T>)) k.fail();
-          if (k.has_failed()) return;
+        if constexpr (Failure<Operand>::kPossible) {
+          if (!score.are_bounded(block.bounds, (keys + kPanel<T> - 1) / kPanel<T>)) {
+            k.failure_.raise();
+          }
+          if (k.failure_.raised()) return;
         }
         for (std::int64_t r = 0; r < rows; r += Operand::kBandRows) {
           const std::int64_t end = smaller(r + Operand::kBandRows, rows);
@@ -921,7 +911,7 @@ class ForwardKernel {
   bool shared_keys_ = false, own_panels_ = false;
   bool copy_values_ = false;
   bool first_references_ = false;  // see above
-  mutable bool failed_ = false;    // see run(); any thread may set it
+  mutable Failure<Operand> failure_;
 
   T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]
   T* key_bounds_ = nullptr;     // [b][packed head][panel]

@@ -241,6 +241,28 @@ struct Largest {
   }
 };
 
+// Whether numbers have been found that are out of the operand's range, or results that are not
+// finite where there is no careful pass: what a kernel returns is worth nothing then. Any thread
+// may raise it. Only operands of several parts have a range.
+template <typename Operand>
+class Failure {
+ public:
+  using T = typename Operand::Scalar;
+  static constexpr bool kPossible = Operand::kParts > 1;
+
+  void raise() { __atomic_store_n(&raised_, true, __ATOMIC_RELAXED); }
+  bool raised() const { return kPossible && __atomic_load_n(&raised_, __ATOMIC_RELAXED); }
+  // Of rows that have been packed.
+  void check(T largest) {
+    if constexpr (kPossible) {
+      if (!Operand::in_range(largest)) raise();
+    }
+  }
+
+ private:
+  bool raised_ = false;
+};
+
 // n rows from `begin` to to[n][padded words], packed along the rows.
 template <typename Operand, typename T = typename Operand::Scalar>
 inline T pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {

@@ -27,14 +27,16 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 template <typename Score>
 class WeightsKernel {
  public:
+  using Operand = typename Score::Operand;
   using T = typename Score::T;
   static constexpr int kGroupRows = Score::kGroupRows;
 
   WeightsKernel(const AttentionWeights& call, const Parallel& parallel)
       : call_(call), p_(call.problem), parallel_(parallel) {}
 
-  void run() {
-    if (p_.batch * p_.heads * p_.query_length * p_.key_length == 0) return;
+  // False: a failure (operand.h).
+  bool run() {
+    if (p_.batch * p_.heads * p_.query_length * p_.key_length == 0) return true;
     plan();
     Carver size;
     carve(size);
@@ -55,6 +57,7 @@ class WeightsKernel {
       Task task{*this, buffers(thread), t / blocks_ / matrices_, t % blocks_ * block_rows_};
       task.run(matrix * together_, (matrix + 1) * together_);
     });
+    return !failure_.raised();
   }
 
  private:
@@ -139,6 +142,7 @@ class WeightsKernel {
 
     // One matrix: that of a head, or the mean of several.
     void run(std::int64_t first_head, std::int64_t end_head) {
+      if (k.failure_.raised()) return;
       const AttentionProblem& p = k.p_;
       const std::int64_t rows = smaller(k.block_rows_, p.query_length - i0);
       const bool average = end_head - first_head > 1;
@@ -190,6 +194,9 @@ class WeightsKernel {
         } else {
           score.pack_keys(k.key_rows(b, hk), u, smaller<std::int64_t>(kPanel<T>, p.key_length - u),
                           buffer.panel, &bound);
+        }
+        if constexpr (Failure<Operand>::kPossible) {
+          if (!score.are_bounded(&bound, 1)) return k.failure_.raise();
         }
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
@@ -319,6 +326,7 @@ class WeightsKernel {
   std::int64_t matrices_ = 0;  // of a sample
   std::int64_t block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   bool shared_keys_ = false;
+  mutable Failure<Operand> failure_;
 
   T* key_panels_ = nullptr;  // [b][packed head][panel][element][kPanel]
   T* key_bounds_ = nullptr;  // [b][packed head][panel]
