@@ -231,13 +231,14 @@ TEST_CASE("sizes around the tiles agree with the reference") {
 }
 
 // Tiles of AMX have 16 rows of 32 elements, register tiles 32 x 32.
-TEST_CASE("bfloat16: sizes around the tiles agree with the reference") {
+TEST_CASE("sizes around the tiles of AMX agree with the reference") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16);
   const std::int64_t dims[] = {1, 7, 15, 16, 17, 31, 33, 64, 72, 96, 128, 256};
   std::size_t n = 0;
   for (const std::int64_t query_length : {5, 15, 16, 17, 31, 32, 33, 48, 63, 65, 97}) {
     for (const std::int64_t key_length : {1, 15, 16, 17, 31, 32, 33, 63, 65, 95, 130, 255, 513}) {
       Case c;
-      c.dtype = DType::kBFloat16;
+      c.dtype = dtype;
       c.batch = 1, c.heads = 2, c.kv_heads = 1 + static_cast<std::int64_t>(n % 2);
       c.query_length = query_length, c.key_length = key_length;
       c.head_dim = dims[n % std::size(dims)], c.value_dim = dims[n / 2 % std::size(dims)];
@@ -259,7 +260,7 @@ TEST_CASE("bfloat16: sizes around the tiles agree with the reference") {
 }
 
 TEST_CASE("results do not depend on the number of threads") {
-  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  const DType dtype = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16);
   for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
     for (Case c : {make("one long head",
                         [](Case& c) {
