@@ -34,9 +34,9 @@ struct alignas(64) TileConfiguration {
 };
 
 // The products of parts that make up a product, parts counted from the largest: those left out are
-// below the last part of either. Neighbours have a part in common, so that its tiles stay. The first
-// kExact are made only where sums begin, not where they are added to: what becomes scores keeps all
-// digits of two parts, since the lse of float16 is float.
+// below the last part of either. Neighbours have a part in common, so that its tiles stay. The
+// first kExact are made only where sums begin, not where they are added to: what becomes scores
+// keeps all digits of two parts, since the lse of float16 is float.
 template <int kParts>
 struct PartProducts {
   static constexpr int kCount = 1, kExact = 0;

@@ -71,7 +71,7 @@ struct FloatParts : Bfloat16Words {
   static TSA_INLINE void put_along(VecF first, VecF second, float* to) {
     const Words<float, n> words = split(first, second);
 #pragma GCC unroll 4
-    for (int part = 0; part < n; ++part) store(to + part * kLanes<float>, words.part[part]);
+    for (int part = 0; part < n; ++part, to += kLanes<float>) store(to, words.part[part]);
   }
 
   static constexpr int kPairDistance = kLanes<float>;

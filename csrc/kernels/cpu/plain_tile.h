@@ -27,7 +27,7 @@ struct PackedTile {
   // The two rows of word w of the rows from `first`: weights p and gradients x.
   TSA_INLINE void put(std::int64_t first, int w, std::int64_t j, Pair upper_p, Pair lower_p,
                       Pair upper_x, Pair lower_x) const {
-    constexpr int lanes = kLanes<T>;
+    constexpr std::int64_t lanes = kLanes<T>;
     constexpr int parts = Operand::kParts;
     const auto left = Operand::words_across(upper_p.left, lower_p.left);
     const auto right = Operand::words_across(upper_p.right, lower_p.right);
