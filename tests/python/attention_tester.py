@@ -215,7 +215,8 @@ class AttentionTester(CompilerTester):
         """NaN or inf in a key and value that a mask closes for all queries changes neither outputs
         nor gradients; nor does NaN in a query without a key, or in its gradient. The fast kernels
         run a tile that met such a number again, with other instructions: so the bits of the
-        additive score may differ by its own rounding, measured up to 2.4 eps."""
+        additive score may differ by its own rounding, measured up to 2.4 eps. Float by the tiles of
+        AMX is run again by AVX-512."""
         hidden, open_rows, extra = MASKED_KEYS[mask_kind]()
         arguments = self.arguments(BY_NAME["plain"], torch.float32, "cpu") | extra
         skip_unless_supported(self, arguments, implementation)
@@ -237,7 +238,8 @@ class AttentionTester(CompilerTester):
         with forced(implementation):
             want, got = run(clean, 0.0), run(dirty, bad)
         eps = torch.finfo(torch.float32).eps
-        torch.testing.assert_close(got, want, rtol=0, atol=8 * eps if self.score != "dot" else 0)
+        exact = self.score == "dot" and implementation != "amx"
+        torch.testing.assert_close(got, want, rtol=0, atol=0 if exact else 8 * eps)
 
     @pytest.mark.parametrize("mask_kind", list(MASKED_KEYS))
     def test_masked_out_values_do_not_leak_second_order(self, mask_kind):

@@ -24,8 +24,8 @@
 // share a mask that needs a gradient (mask_gradient.h) a task owns a subset of batches and key
 // heads (a unit) instead of one. Bound: FMA (dot product), FMA and division (additive).
 //
-// If a result is not finite the task is run again carefully, as in forward.h.
-// Length: one class, whose steps share the tile and its buffers.
+// If a result is not finite the task is run again carefully, or the kernel gives up, as in
+// forward.h. Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename GradientT>
@@ -53,8 +53,12 @@ class BackwardKernel {
     if (groups_ > 1) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int) {
-        prepare(copies_, t / chunks / p_.heads, t / chunks % p_.heads, t % chunks * kPrepareRows,
-                smaller((t % chunks + 1) * kPrepareRows, p_.query_length));
+        const std::int64_t b = t / chunks / p_.heads;
+        const std::int64_t h = t / chunks % p_.heads;
+        const std::int64_t begin = t % chunks * kPrepareRows;
+        const std::int64_t end = smaller(begin + kPrepareRows, p_.query_length);
+        copy(copies_, b, h, begin, end);
+        if (!failure_.raised()) prepare(b, h, begin, end);
       });
     }
     parallel_.run(batch_sets_ * head_sets_ * groups_, [&](std::int64_t t, int thread) {
@@ -80,9 +84,6 @@ class BackwardKernel {
  private:
   // Operands of sums along rows and across rows differ; of single elements they are the same.
   static constexpr bool kPacksTwice = Operand::kPack > 1;
-  // Words across rows of the tile take the place of what they are made of; those of tiles lie
-  // apart.
-  static constexpr bool kPacksApart = Operand::kTransposes;
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastTasks = 4;
@@ -188,9 +189,9 @@ class BackwardKernel {
       grad_scores = carver.take<T>(k.block_rows_ * k.score_ld_);
       packed_grad_scores = carver.take<T>(kPacksTwice ? k.block_rows_ * k.packed_ld() : 0);
       const std::int64_t across = Operand::words(k.block_rows_) * k.score_ld_;
-      weights_across = kPacksApart ? carver.take<T>(across) : weights;
-      grad_scores_across = kPacksApart ? carver.take<T>(across) : grad_scores;
-      if constexpr (kPacksApart) plain_tile = carver.take<T>(PlainTile<Gradient>::size());
+      weights_across = kPacksTwice ? carver.take<T>(across) : weights;
+      grad_scores_across = kPacksTwice ? carver.take<T>(across) : grad_scores;
+      if constexpr (Operand::kTransposes) plain_tile = carver.take<T>(PlainTile<Gradient>::size());
       row = carver.take<T>(k.score_ld_);
       grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
       grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
@@ -223,35 +224,40 @@ class BackwardKernel {
   std::int64_t packed_ld() const { return Operand::words(score_ld_); }
 
   // As the operand of sums over rows: words of neighbouring rows.
-  void pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) const {
+  static T pack_over_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
     if constexpr (Operand::kTransposes) {
-      failure_.check(pack_transposed<Operand>(rows, begin, n, to));
+      return pack_transposed<Operand>(rows, begin, n, to);
     } else {
-      pack_across_rows<Operand>(rows, begin, n, to);
+      return pack_across_rows<Operand>(rows, begin, n, to);
     }
   }
 
-  // delta, lse in log2, and copies of what cannot be read in place, of rows [begin, end).
-  void prepare(const Copies& copies, std::int64_t b, std::int64_t h, std::int64_t begin,
-               std::int64_t end) const {
-    const std::int64_t row0 = first_row(b, h);
-    const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
+  // Copies of what cannot be read in place, of rows [begin, end).
+  void copy(const Copies& copies, std::int64_t b, std::int64_t h, std::int64_t begin,
+            std::int64_t end) const {
+    const std::int64_t n = end - begin;
     const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     const std::int64_t place = place_of_copy(b, h);
     const std::int64_t word = place * row_words_ + Operand::words(begin);
     if (copy_query_) {
-      pack_over_rows(query, begin, end - begin, copies.query_across + word * query_width_);
+      failure_.check(pack_over_rows(query, begin, n, copies.query_across + word * query_width_));
     }
     if (copy_grad_out_) {
-      pack_over_rows(grad, begin, end - begin, copies.grad_out_across + word * value_width_);
+      failure_.check_gradient(
+          pack_over_rows(grad, begin, n, copies.grad_out_across + word * value_width_));
     }
     if constexpr (kPacksTwice) {
       const std::int64_t row = place * p_.query_length + begin;
-      pack_along_rows<Operand>(query, begin, end - begin, copies.query_along + row * query_words_);
-      pack_along_rows<Operand>(grad, begin, end - begin,
-                               copies.grad_out_along + row * value_words_);
+      pack_along_rows<Operand>(query, begin, n, copies.query_along + row * query_words_);
+      pack_along_rows<Operand>(grad, begin, n, copies.grad_out_along + row * value_words_);
     }
+  }
+  // delta, and lse in log2, of rows [begin, end).
+  void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
+    const std::int64_t row0 = first_row(b, h);
+    const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
+    const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     for (std::int64_t i = begin; i < end; ++i) {
       Vec<T> sum{};
       for (std::int64_t d = 0; d < p_.value_dim; d += kLanes<T>) {
@@ -268,6 +274,9 @@ class BackwardKernel {
       // Beyond this the rounding of the lse is too much of an error in its exponential.
       constexpr T limit = sizeof(T) == 8 ? T(0x1p40) : T(0x1p13);
       huge_[row0 + i] = lse > limit || (lse < -limit && lse != -infinity<T>());
+      if (Failure<Operand>::kPossible && !is_finite(lse) && lse != -infinity<T>()) {
+        return failure_.raise();
+      }
       if (huge_[row0 + i] != 0) exact_statistics(b, h, i, lse_[row0 + i], norm_[row0 + i]);
     }
   }
@@ -374,7 +383,11 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
-        if (k.groups_ == 1) k.prepare(buffer.copies, b, h, 0, p.query_length);
+        if (k.groups_ == 1) {
+          k.copy(buffer.copies, b, h, 0, p.query_length);
+          if (k.failure_.raised()) return true;
+          if (zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
+        }
         const MutableMatrix dq = k.grad_query_matrix(b, h, group);
         for (std::int64_t i = 0; i < p.query_length; ++i) {
           fill_zero(dq.data + i * dq.ld, k.query_width_);
@@ -533,7 +546,7 @@ class BackwardKernel {
           zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first, keys);
       const double total = plain ? 0.0 : run_scores(gradient, b, h, i0, rows, first, keys, zeros);
       const std::int64_t word = Operand::words(i0);
-      const std::int64_t across_ld = (kPacksApart ? 1 : Operand::kPack) * k.score_ld_;
+      const std::int64_t across_ld = k.score_ld_;
       const Matrix grad_out_across = k.grad_out_across(copies(), b, h);
       const Matrix query_across = k.query_across(copies(), b, h);
       const Sums dv = value_sums();
@@ -590,52 +603,13 @@ class BackwardKernel {
         total += softmax_row(gradient, b, h, i0 + r, r, g, first, zeros);
       }
       add_mask_gradient(b, h, i0, rows, first, keys);
-      if constexpr (kPacksApart) {
-        pack_tile_apart(tile, rows);
-      } else if constexpr (kPacksTwice) {
-        pack_tile(tile, rows);
-      }
+      pack_tile(tile, rows);
       return total;
     }
 
-    // Weights and gradients of the scores as operands: words across two rows take the place of the
-    // first row; the gradients are also packed along the rows.
+    // Weights and gradients of the scores as the operands of the products that follow.
     void pack_tile(const TileRanges<T>& tile, std::int64_t rows) const {
       if constexpr (kPacksTwice) {
-        constexpr int lanes = kLanes<T>;
-        const std::int64_t ld = k.score_ld_;
-        // The rows that are missing in a step of a sum over rows count 0.
-        const std::int64_t whole = round_up(rows, Operand::kStep);
-        for (std::int64_t r = 0; r < whole; r += 2) {
-          const std::int64_t g = r / kGroupRows;
-          if (tile.group_is_empty(g)) continue;
-          const std::int64_t begin = tile.group_begin[g] / kPanel<T> * kPanel<T>;
-          const std::int64_t end = round_up(tile.group_end[g], kPanel<T>);
-          T* const weights = buffer.weights + r * ld;
-          T* const grads = buffer.grad_scores + r * ld;
-          T* const along = buffer.packed_grad_scores + r * k.packed_ld();
-          for (std::int64_t x = larger(r, rows); x < r + 2; ++x) {
-            fill_zero(buffer.weights + x * ld + begin, end - begin);
-            fill_zero(buffer.grad_scores + x * ld + begin, end - begin);
-          }
-          for (std::int64_t j = begin; j < end; j += kPanel<T>) {
-            if (!tile.touches(g, j)) continue;
-            T* const words = along + Operand::words(j);
-            Operand::put_along(load(grads + j), load(grads + j + lanes), words);
-            Operand::put_along(load(grads + ld + j), load(grads + ld + j + lanes),
-                               words + k.packed_ld());
-            for (std::int64_t x = j; x < j + kPanel<T>; x += lanes) {
-              store(weights + x, Operand::round_across(load(weights + x), load(weights + ld + x)));
-              store(grads + x, Operand::round_across(load(grads + x), load(grads + ld + x)));
-            }
-          }
-        }
-      }
-    }
-
-    // The same to places of their own, as tiles read them.
-    void pack_tile_apart(const TileRanges<T>& tile, std::int64_t rows) const {
-      if constexpr (kPacksApart) {
         constexpr int lanes = kLanes<T>;
         const std::int64_t ld = k.score_ld_;
         for (std::int64_t first = 0, g = 0; first < rows; first += kGroupRows, ++g) {
@@ -648,7 +622,7 @@ class BackwardKernel {
             fill_zero(buffer.grad_scores + r * ld + begin, end - begin);
           }
           const PackedTile<Operand> packed = packed_tile();
-          for (int w = 0; w < lanes; ++w) {
+          for (int w = 0; w < kGroupRows / Operand::kPack; ++w) {
             const std::int64_t upper = (first + Operand::pair_row(w)) * ld;
             const std::int64_t lower = upper + Operand::kPairDistance * ld;
             for (std::int64_t j = begin; j < end; j += kPanel<T>) {
@@ -674,7 +648,7 @@ class BackwardKernel {
     bool run_plain_tile(Gradient& gradient, const TileRanges<T>& tile, std::int64_t b,
                         std::int64_t h, std::int64_t i0, std::int64_t rows, std::int64_t first,
                         std::int64_t keys) {
-      if constexpr (kPacksApart) {
+      if constexpr (Operand::kTransposes) {
         const AttentionProblem& p = k.p_;
         if (alibi.active || p.mask_kind != MaskKind::kNone || p.dropout_p > 0.0) return false;
         const std::int64_t row0 = k.first_row(b, h) + i0;

@@ -17,8 +17,9 @@
 // follow each other part by part.
 //
 // The tile unit takes subnormal numbers for 0, so that small parts are lost, and infinity has no
-// parts. So there is a range of the largest magnitude of a block of rows, out of which the
-// kernels give up (in_range): errors in it are below 2^-80 of that magnitude.
+// parts. So there is a range of the largest magnitude of a block of rows, out of which the kernels
+// give up. In it what is lost is below 2^-24 of what the block contributes, also by the products of
+// backward, p dO v k with p down to 2^-17.
 // Bound: tdpbf16ps, six times that of Bfloat16Tiles for three parts, a sixteenth of an FMA each.
 #if defined(__AMX_BF16__)
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
@@ -29,10 +30,11 @@ struct FloatParts : Bfloat16Words {
   // Three times as many bytes as of bfloat16 come from the last-level cache for a block of queries.
   static constexpr std::int64_t kForwardRows = 128;
 
-  static TSA_INLINE bool in_range(float largest) {
-    return largest == 0.f || (largest >= 0x1p-43f && largest <= 0x1p43f);
+  static constexpr float kLeast = 0x1p-20f;          // of queries, keys and values
+  static constexpr float kLeastGradient = 0x1p-43f;  // of the output's
+  static TSA_INLINE bool in_range(float largest, float least) {
+    return largest == 0.f || (largest >= least && largest <= 0x1p43f);
   }
-
   // Scores are not multiplied by others: what matters is their absolute error, so that small
   // operands are in range.
   static TSA_INLINE bool in_range_of_scores(float largest, VecF factor) {
@@ -100,22 +102,21 @@ struct FloatParts : Bfloat16Words {
     return (1.f + 0x1p-7f) * Bfloat16Words::bound_of(bound);
   }
 
-  // x rounded to bfloat16, halves away from 0; what is left of it in the last part fits.
+  // x rounded to bfloat16, halves away from 0. The last part is what is left, cut off by joined():
+  // so a NaN stays one, though the carry may make 0 of it in the parts before.
   static TSA_INLINE VecF high_part(VecF x, int part) {
-    const auto bits = (IntVec<float>)x;
-    if (n == 3 && part == 2) return x;
-    return (VecF)((bits + 0x8000) & kHighHalf);
+    return part == n - 1 ? x : (VecF)(((WordVec<float>)x + 0x8000u) & kHighHalf);
   }
   // Two vectors of parts become words.
   static TSA_INLINE VecF joined(VecF low, VecF high) {
     const __m512i shifted = _mm512_srli_epi32((__m512i)low, 16);
     // shifted | (high & mask)
-    return (VecF)_mm512_ternarylogic_epi32(shifted, (__m512i)high, _mm512_set1_epi32(kHighHalf),
-                                           0xf8);
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(kHighHalf));
+    return (VecF)_mm512_ternarylogic_epi32(shifted, (__m512i)high, mask, 0xf8);
   }
 
  private:
-  static constexpr int kHighHalf = -0x10000;
+  static constexpr unsigned kHighHalf = 0xffff0000u;
 
   static TSA_INLINE VecF load_from(const Rows& rows, std::int64_t row, std::int64_t d) {
     const std::int64_t elements = smaller<std::int64_t>(kLanes<float>, rows.width - d);

@@ -13,7 +13,8 @@
 
 // Forward, one pass over the keys, memory O(L).
 //
-// A task owns a block of up to 64 queries of one head (128 where these are all), or the few queries
+// A task owns a block of up to 64 queries of one head (128 where these are all, or by operands of
+// several parts), or the few queries
 // of all heads that read one key head (few_queries.h), and a share of the keys, where there are few
 // tasks. It walks over blocks of keys: scores of the block by the score's tile (panels of packed
 // keys outside, groups of query rows inside: a panel stays in L1, the scores in L2; or, by
@@ -35,7 +36,8 @@
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
 // If a result is still not finite the block is computed again carefully: scores that overflowed
-// anew in double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0.
+// anew in double, and values behind a weight of 0 are skipped, since 0 * NaN is not 0. Operands of
+// several parts have no such pass: the kernel gives up (Failure in operand.h).
 // Length: one class, whose steps share the tile and its buffers.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
@@ -51,7 +53,7 @@ class ForwardKernel {
   // matter; nor are they known to be bounded.
   static constexpr bool kKeepsReferences =
       std::is_same_v<Score, DotScore<Operand>> && !kHasPlainBands;
-  static constexpr bool kPacksApart = Operand::kParts > 1;  // weights, not in place of the scores
+  static constexpr bool kWeightsApart = Operand::kParts > 1;  // weights, not in place of the scores
   static_assert(Operand::kBlockKeys <= kMaskKeys);
 
   ForwardKernel(const AttentionForward& call, const Parallel& parallel)
@@ -143,7 +145,7 @@ class ForwardKernel {
                         p_.slopes == nullptr &&
                         (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
     own_panels_ = !Score::kInPlace && !shared_keys_;
-    weight_ld_ = kPacksApart ? Operand::words(block_keys_) + kLanes<T> : score_ld_;
+    weight_ld_ = kWeightsApart ? Operand::words(block_keys_) + kLanes<T> : score_ld_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
 
@@ -186,7 +188,7 @@ class ForwardKernel {
       if constexpr (kHasPlainBands) {
         band_scores = carver.take<T>(PlainBand<Score>::scores_size());
         weights = carver.take<T>(larger(PlainBand<Score>::weights_size(k.block_keys_),
-                                        kPacksApart ? Operand::kTileRows * k.weight_ld_ : 0));
+                                        kWeightsApart ? Operand::kTileRows * k.weight_ld_ : 0));
       }
       sums = carver.take<T>(rows * k.width_);
       maximum = carver.take<T>(round_up(rows, kLanes<T>));
@@ -334,7 +336,7 @@ class ForwardKernel {
 
     // Where the weights of a row are, packed.
     T* weight_row(const Buffers& buffer, std::int64_t r) const {
-      if constexpr (!kPacksApart) return score_row(buffer, r);
+      if constexpr (!kWeightsApart) return score_row(buffer, r);
       return buffer.weights + r % Operand::kBandRows * k.weight_ld_;
     }
 

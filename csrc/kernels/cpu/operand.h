@@ -226,7 +226,7 @@ TSA_INLINE std::int64_t place_of(std::int64_t x, int part) {
 }
 
 // The functions that pack return the largest magnitude that they have seen, if the operand has
-// several parts: these have a range (Operand::in_range).
+// several parts: these have a range (Failure).
 template <typename Operand, typename T = typename Operand::Scalar>
 struct Largest {
   Vec<T> bound{};
@@ -234,7 +234,9 @@ struct Largest {
   TSA_INLINE void add_part(Vec<T> words) {
     if constexpr (Operand::kParts > 1) bound = Operand::raise_bound(bound, words);
   }
-  TSA_INLINE void add(const Words<T, Operand::kParts>& words) { add_part(words.part[0]); }
+  TSA_INLINE void add(const Words<T, Operand::kParts>& words) {
+    for (int part = 0; part < Operand::kParts; ++part) add_part(words.part[part]);
+  }
   T magnitude() const {
     if constexpr (Operand::kParts > 1) return Operand::bound_of(bound);
     return T(0);
@@ -252,10 +254,15 @@ class Failure {
 
   void raise() { __atomic_store_n(&raised_, true, __ATOMIC_RELAXED); }
   bool raised() const { return kPossible && __atomic_load_n(&raised_, __ATOMIC_RELAXED); }
-  // Of rows that have been packed.
+  // Of queries, keys or values that have been packed, and of the output's gradient.
   void check(T largest) {
     if constexpr (kPossible) {
-      if (!Operand::in_range(largest)) raise();
+      if (!Operand::in_range(largest, Operand::kLeast)) raise();
+    }
+  }
+  void check_gradient(T largest) {
+    if constexpr (kPossible) {
+      if (!Operand::in_range(largest, Operand::kLeastGradient)) raise();
     }
   }
 

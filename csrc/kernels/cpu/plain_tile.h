@@ -6,9 +6,9 @@
 #include "kernels/cpu/tile.h"
 
 // Backward of a register tile, 32 queries and 32 keys, where nothing stands between the products
-// and the softmax: no mask, no ALiBi, no dropout. Scores and dP become weights and gradients of
-// scores while they are in L1, and leave it as the operands of the three products that follow.
-// Bound: 2^x, and making words of the weights and of the gradients in both directions.
+// and the softmax: no mask, no ALiBi, no dropout, no huge lse. Scores and dP become weights and
+// gradients of scores while they are in L1, and leave it as the operands of the three products that
+// follow. Bound: 2^x, and making words of the weights and of the gradients in both directions.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 // Weights and gradients of the scores of a tile as the products read them: words across the rows
@@ -108,8 +108,9 @@ class PlainTile {
                  (column < splat(static_cast<T>(tile.end[r + i])));
           score = seen ? score : Vec<T>{};
         }
-        smallest = at_most(score, smallest);
-        weight = exp2<T>(scaled.minus(score, shift));
+        const Vec<T> relative = scaled.minus(score, shift);
+        smallest = at_most(relative, smallest);
+        weight = exp2<T>(relative);
         gradient = weight == Vec<T>{} ? Vec<T>{} : weight * (product - less);
         if constexpr (!kAllSeeAll) {
           weight = seen ? weight : Vec<T>{};
@@ -119,7 +120,7 @@ class PlainTile {
       half(0, p.left, x.left);
       half(lanes, p.right, x.right);
     };
-    for (int w = 0; w < lanes; ++w) {
+    for (int w = 0; w < Operand::kTileRows / Operand::kPack; ++w) {
       Pair p[2], x[2];
       row(Operand::pair_row(w), p[0], x[0]);
       row(Operand::pair_row(w) + Operand::kPairDistance, p[1], x[1]);

@@ -158,7 +158,7 @@ class DotGradient : public DotProducts<OperandT> {
   }
   // Of operands of several parts: the keys, and the scale.
   bool is_in_range() const {
-    return Operand::in_range(largest_key_) &&
+    return Operand::in_range(largest_key_, Operand::kLeast) &&
            Operand::in_range_of_scores(largest_key_, scale_.factor);
   }
   void load_queries(std::int64_t /*b*/, std::int64_t /*h*/, std::int64_t /*i*/,

@@ -53,10 +53,12 @@ TSA_INLINE bool is_finite(T x) {
   return x - x == T(0);
 }
 
-// p * 2^n where rounded = n + round_bias: n is in the low bits and is added to the exponent.
+// p * 2^n where rounded = n + round_bias: n is in the low bits and becomes an exponent, which for
+// the least is that of 0. A product, since a sum of bits would make numbers of some NaNs.
 template <typename T>
 TSA_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> rounded) {
-  return (Vec<T>)((WordVec<T>)p + ((WordVec<T>)rounded << Math<T>::mantissa_bits));
+  constexpr auto zero = static_cast<unsigned>(-Math<T>::min_exponent);
+  return p * (Vec<T>)(((WordVec<T>)rounded + zero) << Math<T>::mantissa_bits);
 }
 
 // 2^r for |r| <= 1/2: relative error 2.4e-7 (float, minimax), 1e-16 (double, Taylor).

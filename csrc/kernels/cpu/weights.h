@@ -153,7 +153,7 @@ class WeightsKernel {
         Score score(p, buffer.constants, buffer.spare);
         score.set_head(b, h);
         score.load_queries(b, h, i0, rows, buffer.queries);
-        score_block(score, h, rows);
+        if (!score_block(score, h, rows)) return k.failure_.raise();
         const Alibi<T> alibi(p, b, h);
         for (std::int64_t r = 0; r < rows; ++r) {
           softmax_row(score, h, r, alibi);
@@ -179,7 +179,8 @@ class WeightsKernel {
       }
     }
 
-    void score_block(Score& score, std::int64_t h, std::int64_t rows) {
+    // False: a key is out of the operand's range.
+    bool score_block(Score& score, std::int64_t h, std::int64_t rows) {
       const AttentionProblem& p = k.p_;
       const TileRanges<T>& tile = *buffer.tile;
       const std::int64_t hk = h / p.group_size();
@@ -196,7 +197,7 @@ class WeightsKernel {
                           buffer.panel, &bound);
         }
         if constexpr (Failure<Operand>::kPossible) {
-          if (!score.are_bounded(&bound, 1)) return k.failure_.raise();
+          if (!score.are_bounded(&bound, 1)) return false;
         }
         for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
           if (tile.group_begin[g] >= u + kPanel<T> || tile.group_end[g] <= u) continue;
@@ -209,6 +210,7 @@ class WeightsKernel {
           score.scores(buffer.queries, r, n, panel, bound, u, scores, k.score_ld_);
         }
       }
+      return true;
     }
 
     // Whether the mask hides the panel of keys from u from n rows.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -102,6 +103,8 @@ TEST_CASE("float32: magnitudes far from 1") {
       if (power <= 60) all.push_back({0, 0, n, -n});
     }
   }
+  for (const int n : {-38, -30, -19}) all.push_back({n, n, n, n});  // products of all of them
+  all.push_back({-19, -19, -19, -42});
   for (const Powers& powers : all) {
     for (const bool causal : {false, true}) {
       Case c = case_of(DType::kFloat32, 70, 130, 32);
@@ -156,6 +159,31 @@ TEST_CASE("float32: scales far from the default") {
     for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
       check_norms(instance.run(candidate, threads(2)), expected, 1.2e-6);
     });
+  }
+}
+
+TEST_CASE("a NaN of any payload stays one") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kFloat16);
+  for (const std::uint32_t high :
+       {0x7fffu, 0xffffu, dtype == DType::kFloat16 ? 0x7e01u : 0x7fc0u}) {
+    for (const int which : {0, 1, 2, 3}) {
+      Case c = case_of(dtype, 64, 64, 32);
+      c.name = "payload " + std::to_string(high) + ", tensor " + std::to_string(which);
+      Instance instance(c);
+      Tensor* const tensors[] = {&instance.query, &instance.key, &instance.value,
+                                 &instance.grad_out};
+      auto* const bytes = static_cast<char*>(tensors[which]->data());
+      if (dtype == DType::kFloat16) {
+        const auto bits = static_cast<std::uint16_t>(high);
+        std::memcpy(bytes + 2 * 5, &bits, 2);
+      } else {
+        const std::uint32_t bits = high << 16 | 0xffffu;
+        std::memcpy(bytes + 4 * 5, &bits, 4);
+      }
+      for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+        check(instance.run(candidate, threads(2)), expected, tolerance(c));
+      });
+    }
   }
 }
 

@@ -196,6 +196,19 @@ TEST_CASE("scores that overflow give no NaN") {
       }
     });
   }
+  SECTION("products overflow upwards, scores downwards") {
+    Case c;
+    c.name = "negative scale";
+    c.dtype = dtype;
+    c.query_length = c.key_length = 64, c.head_dim = 1;
+    c.scale = -0x1p-126;
+    Instance instance(c);
+    instance.query.fill([](auto...) { return 0x1p64; });
+    instance.key.fill([](auto, auto, auto l, auto) { return l % 2 == 1 ? 0x1p64 : 0.0; });
+    for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
+      check(instance.run(candidate, threads(1)), expected, tolerance(dtype));
+    });
+  }
   SECTION("all scores of a row overflow downwards") {
     Case c;
     if (GENERATE(false, true)) c.mask = MaskKind::kBool;
