@@ -1,7 +1,7 @@
 // Dot-product attention by the tile unit (AMX): what attention_avx512bf16.cpp says, with tdpbf16ps
 // in the place of vdpbf16ps (amx_tiles.h). Of bfloat16 roundings are the same; sums are made in
 // another order. Bound: the passes over the scores. float32 and float16 are multiplied in parts of
-// bfloat16 (float_parts.h), as exactly as by FMA; what is out of the range of parts, and what is
+// bfloat16 (float_parts.h), which hold their digits; what is out of the range of parts, and what is
 // not finite, is computed by AVX-512 from the start. Bound: the products.
 #define TSA_CPU_ISA amx
 #include "kernels/cpu/attention_isa.h"
