@@ -51,17 +51,19 @@ def test_the_best_for_this_cpu_runs():
         if score == "dot" and best == "avx512" and "avx512_bf16" in flags:
             products = "amx" if has_tiles else "avx512bf16"
         assert said[products] == "runs", said
-    for queries, head_dim, dtype, products in (
-        (128, 17, torch.float32, "amx"),
-        (127, 64, torch.float32, best),
-        (128, 16, torch.float32, best),
-        (128, 64, torch.float64, best),
-        (32, 16, torch.float16, "amx"),
-        (31, 64, torch.float16, best),
+    for heads, queries, head_dim, dtype, products in (
+        (4, 128, 17, torch.float32, "amx"),
+        (8, 127, 64, torch.float32, best),
+        (3, 128, 64, torch.float32, best),
+        (1, 512, 64, torch.float32, "amx"),
+        (4, 128, 16, torch.float32, best),
+        (4, 128, 64, torch.float64, best),
+        (1, 32, 16, torch.float16, "amx"),
+        (8, 31, 64, torch.float16, best),
     ):
-        x = torch.zeros(1, 1, queries, head_dim, dtype=dtype)
+        x = torch.zeros(1, heads, queries, head_dim, dtype=dtype)
         said = explain({"query": x, "key": x, "value": x})
-        assert said[products if has_tiles else best] == "runs", (queries, head_dim, dtype, said)
+        assert said[products if has_tiles else best] == "runs", (x.shape, dtype, said)
 
 
 @pytest.mark.skipif(not {"amx_tile", "amx_bf16"} <= cpu_flags(), reason="this CPU has no AMX")

@@ -74,7 +74,8 @@ const char* never_slower(const AttentionProblem& /*problem*/) { return nullptr; 
 const char* amx_slower(const AttentionProblem& problem) {
   if (problem.dtype == DType::kBFloat16) return nullptr;
   const bool is_float = problem.dtype == DType::kFloat32;
-  if (problem.query_length < (is_float ? 128 : 32)) return "there are few queries";
+  const bool few_in_all = is_float && problem.batch * problem.heads * problem.query_length < 512;
+  if (few_in_all || problem.query_length < (is_float ? 128 : 32)) return "there are few queries";
   if (is_float && problem.head_dim <= 16 && problem.value_dim <= 16) return "the heads are narrow";
   return nullptr;
 }
