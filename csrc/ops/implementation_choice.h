@@ -43,7 +43,9 @@ bool choice_needs_reasons();
 // Why an implementation that supports the problem is passed over, or null.
 template <typename Implementation, typename Problem>
 const char* passed_over(const Implementation& implementation, const Problem& problem) {
-  if constexpr (requires { implementation.slower(problem); }) return implementation.slower(problem);
+  if constexpr (requires { implementation.slower(problem); }) {
+    if (implementation.slower != nullptr) return implementation.slower(problem);
+  }
   return nullptr;
 }
 

@@ -64,11 +64,7 @@ const char* amx_not_supported(const AttentionProblem& problem) {
   if (problem.dtype == DType::kFloat64) return "the inputs are float64";
   return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
-#endif
 
-const char* never_slower(const AttentionProblem& /*problem*/) { return nullptr; }
-
-#if defined(__x86_64__)
 // To take elements to parts pays off where each part is multiplied often; measured with 1 to 8
 // heads on Granite Rapids.
 const char* amx_slower(const AttentionProblem& problem) {
@@ -83,19 +79,18 @@ const char* amx_slower(const AttentionProblem& problem) {
 
 const AttentionImplementation implementations[] = {
 #if defined(__x86_64__)
-    {"amx", amx_not_supported, amx_slower, attention_forward_amx, attention_backward_amx,
-     attention_weights_amx},
-    {"avx512bf16", avx512bf16_not_supported, never_slower, attention_forward_avx512bf16,
+    {"amx", amx_not_supported, attention_forward_amx, attention_backward_amx, attention_weights_amx,
+     amx_slower},
+    {"avx512bf16", avx512bf16_not_supported, attention_forward_avx512bf16,
      attention_backward_avx512bf16, attention_weights_avx512bf16},
-    {"avx512", avx512_not_supported, never_slower, attention_forward_avx512,
-     attention_backward_avx512, attention_weights_avx512},
-    {"avx2", avx2_not_supported, never_slower, attention_forward_avx2, attention_backward_avx2,
+    {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512,
+     attention_weights_avx512},
+    {"avx2", avx2_not_supported, attention_forward_avx2, attention_backward_avx2,
      attention_weights_avx2},
 #endif
-    {"generic", always_supported, never_slower, attention_forward_generic,
-     attention_backward_generic, attention_weights_generic},
-    {"reference", always_supported, never_slower, reference::forward, reference::backward,
-     reference::weights},
+    {"generic", always_supported, attention_forward_generic, attention_backward_generic,
+     attention_weights_generic},
+    {"reference", always_supported, reference::forward, reference::backward, reference::weights},
 };
 
 }  // namespace

@@ -543,17 +543,16 @@ class BackwardKernel {
       const Matrix query = k.query_along(copies(), b, h);
       gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       const bool plain =
-          zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first, keys);
+          zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first);
       const double total = plain ? 0.0 : run_scores(gradient, b, h, i0, rows, first, keys, zeros);
       const std::int64_t word = Operand::words(i0);
-      const std::int64_t across_ld = k.score_ld_;
       const Matrix grad_out_across = k.grad_out_across(copies(), b, h);
       const Matrix query_across = k.query_across(copies(), b, h);
       const Sums dv = value_sums();
       const Sums dk_head = head_key_sums();
-      add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights_across, across_ld,
-                                         grad_out_across.row(word), grad_out_across.ld, dv.data(),
-                                         dv.ld(), k.value_width_);
+      add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights_across,
+                                         k.score_ld_, grad_out_across.row(word), grad_out_across.ld,
+                                         dv.data(), dv.ld(), k.value_width_);
       const MutableMatrix dq = k.grad_query_matrix(b, h, group);
       GradientTile<T> work;
       work.ranges = &tile;
@@ -562,7 +561,7 @@ class BackwardKernel {
       work.gradient = kPacksTwice ? buffer.packed_grad_scores : buffer.grad_scores;
       work.ld = kPacksTwice ? k.packed_ld() : k.score_ld_;
       work.gradient_across = buffer.grad_scores_across;
-      work.across_ld = across_ld;
+      work.across_ld = k.score_ld_;
       work.query = query_across.row(word);
       work.query_ld = query_across.ld;
       work.grad_query = dq.data + i0 * dq.ld;
@@ -646,8 +645,7 @@ class BackwardKernel {
     // Scores, dP, weights and gradients of the tile, packed, by plain tiles; false: another way is
     // to be taken.
     bool run_plain_tile(Gradient& gradient, const TileRanges<T>& tile, std::int64_t b,
-                        std::int64_t h, std::int64_t i0, std::int64_t rows, std::int64_t first,
-                        std::int64_t keys) {
+                        std::int64_t h, std::int64_t i0, std::int64_t rows, std::int64_t first) {
       if constexpr (Operand::kTransposes) {
         const AttentionProblem& p = k.p_;
         if (alibi.active || p.mask_kind != MaskKind::kNone || p.dropout_p > 0.0) return false;
@@ -655,20 +653,16 @@ class BackwardKernel {
         for (std::int64_t r = 0; r < rows; ++r) {
           if (k.huge_[row0 + r] != 0) return false;
         }
-        const std::int64_t key_size = Gradient::Score::key_size(p.head_dim);
-        const std::int64_t value_size = Operand::words(p.value_dim);
         const Matrix grad_out = k.grad_out_along(copies(), b, h);
         PlainTile<Gradient> plain(gradient, buffer.plain_tile, packed_tile());
-        for (std::int64_t r = 0, g = 0; r < rows; r += kGroupRows, ++g) {
+        for (std::int64_t r = 0; r < rows; r += kGroupRows) {
           const std::int64_t n = smaller<std::int64_t>(kGroupRows, rows - r);
-          for (std::int64_t u = 0; u < keys; u += kPanel<T>) {
-            if (!tile.touches(g, u)) continue;
-            const bool done =
-                plain.run(tile, r, n, u, first + u, buffer.key_panels + u * key_size,
-                          grad_out.row(i0 + r), grad_out.ld, buffer.value_panels + u * value_size,
-                          value_size, k.lse_ + row0 + r, k.delta_ + row0 + r);
-            if (!done) return false;
-          }
+          const bool done = plain.run(tile, r / kGroupRows, n,
+                                      {grad_out.row(i0 + r), grad_out.ld, buffer.key_panels,
+                                       Gradient::Score::key_size(p.head_dim), buffer.value_panels,
+                                       Operand::words(p.value_dim)},
+                                      first, k.lse_ + row0 + r, k.delta_ + row0 + r);
+          if (!done) return false;
         }
         return true;
       }

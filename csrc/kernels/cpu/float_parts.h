@@ -127,5 +127,15 @@ struct FloatParts : Bfloat16Words {
 template <int n>
 using FloatTiles = Tiles<FloatParts<n>>;
 
+// body.template operator()<Operand>() with the operand of a dtype.
+template <typename Body>
+inline bool with_tiles(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBFloat16: return body.template operator()<Bfloat16Tiles>();
+    case DType::kFloat16: return body.template operator()<FloatTiles<2>>();
+    default: return body.template operator()<FloatTiles<3>>();
+  }
+}
+
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA
 #endif

@@ -14,14 +14,13 @@
 // Forward, one pass over the keys, memory O(L).
 //
 // A task owns a block of up to 64 queries of one head (128 where these are all, or by operands of
-// several parts), or the few queries
-// of all heads that read one key head (few_queries.h), and a share of the keys, where there are few
-// tasks. It walks over blocks of keys: scores of the block by the score's tile (panels of packed
-// keys outside, groups of query rows inside: a panel stays in L1, the scores in L2; or, by
-// kBandRows, a register tile's rows at a time), ALiBi, mask, softmax, product with the values by
-// the same register tile. Panels and inner loops are clipped to the keys that a group of rows may
-// see; panels that the mask hides from a group are left out (TileRanges). Tiles of AMX mostly go
-// another way through a block, plain_band.h.
+// several parts), or the few queries of all heads that read one key head (few_queries.h), and a
+// share of the keys, where there are few tasks. It walks over blocks of keys: scores of the block
+// by the score's tile (panels of packed keys outside, groups of query rows inside: a panel stays in
+// L1, the scores in L2; or, by kBandRows, a register tile's rows at a time), ALiBi, mask, softmax,
+// product with the values by the same register tile. Panels and inner loops are clipped to the keys
+// that a group of rows may see; panels that the mask hides from a group are left out (TileRanges).
+// Tiles of AMX mostly go another way through a block, plain_band.h.
 //
 // Of dot products without ALiBi, weights are relative to the row's maximum in the first block of
 // which it sees a key; no maximum is looked for after it, and a mask is added on the way to the

@@ -64,10 +64,7 @@ class PlainBand {
            Mask& mask) {
     begin_ = tile.begin + g * kRows;
     end_ = tile.end + g * kRows;
-    KeyRange all = {0, tile.columns};  // what every row sees
-    for (std::int64_t r = 0; r < q.rows; ++r) {
-      all = {larger(all.begin, begin_[r]), smaller(all.end, end_[r])};
-    }
+    const KeyRange all = tile.seen_by_all(g * kRows, q.rows);
     bool all_have_references = find_shifts<Mask>(q);
     for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
       for (std::int64_t u = s.begin; u < s.end; u += kAtOnce) {
@@ -135,21 +132,10 @@ class PlainBand {
     return all;
   }
 
-  // Which of the columns [u, u + kAtOnce) of the block row r sees.
-  struct Seen {
-    Vec<T> begin, end;
-
-    Seen(const PlainBand& band, std::int64_t r, std::int64_t u)
-        : begin(splat(place(band.begin_[r] - u))), end(splat(place(band.end_[r] - u))) {}
-    // v where lane l stands for a key that is seen, key j + l; `other` elsewhere.
-    TSA_INLINE Vec<T> select(int j, Vec<T> v, Vec<T> other) const {
-      const Vec<T> key = lane_numbers<T>() + splat(static_cast<T>(j));
-      return ((key >= begin) & (key < end)) ? v : other;
-    }
-    static T place(std::int64_t column) {  // in T it is exact
-      return static_cast<T>(smaller<std::int64_t>(larger<std::int64_t>(column, 0), kAtOnce));
-    }
-  };
+  // Columns are counted from u.
+  SeenColumns<T> seen_columns(std::int64_t r, std::int64_t u) const {
+    return {begin_[r] - u, end_[r] - u};
+  }
 
   // Of rows that have none and see any of the n columns from u, whose scores are there. A row of
   // very low scores waits for others.
@@ -164,7 +150,7 @@ class PlainBand {
         if (r + x >= q.rows) continue;
         const T* const scores = scores_ + (r + x) * kScoreStride;
         const auto row = mask.row(r + x, first + u, n);
-        const Seen seen(*this, r + x, u);
+        const SeenColumns<T> seen = seen_columns(r + x, u);
         for (int j = 0; j < n; j += kLanes<T>) {
           Vec<T> score = row.limited(j, scaled(load(scores + j)));
           if (!all_see_all) score = seen.select(j, score, largest[x]);
@@ -202,7 +188,7 @@ class PlainBand {
     T* words = weights_ + (kValuesAtOnce ? 0 : Operand::words(u));
     T* total = q.totals;
     for (std::int64_t r = 0; r < q.rows; ++r) {
-      const Seen seen(*this, r, u);
+      const SeenColumns<T> seen = seen_columns(r, u);
       const auto row = mask.row(r, first + u, kKeys);
       const Vec<T> shift = splat(shifts_[r]);
       const auto weights = [&](int j) __attribute__((always_inline)) {

@@ -63,20 +63,34 @@ class PlainTile {
         products_(scratch + Operand::kTileRows * kStride),
         packed_(packed) {}
 
-  // Rows [r, r + n) of the tile and the keys of one panel, from column u, whose first is `key`; lse
-  // in units of log2, and delta, are of row r. False: a score is -inf, which has overflowed.
-  bool run(const TileRanges<T>& tile, std::int64_t r, std::int64_t n, std::int64_t u,
-           std::int64_t key, const T* key_panel, const T* grad_out, std::int64_t grad_out_ld,
-           const T* value_panel, std::int64_t value_words, const T* lse, const T* delta) {
-    gradient_.scores(r, n, key_panel, T(0), key, scores_, kStride);
-    multiply_rows<Operand, 2, false, true>(n, grad_out, grad_out_ld, value_panel, kPanel<T>,
-                                           value_words, products_, kStride);
-    bool all_see_all = n == Operand::kTileRows;
-    for (std::int64_t i = r; i < r + n; ++i) {
-      all_see_all = all_see_all && tile.begin[i] <= u && u + kPanel<T> <= tile.end[i];
+  // What a group of rows is multiplied by: the output's gradient along the rows, and panels.
+  struct Operands {
+    const T* grad_out;
+    std::int64_t grad_out_ld;
+    const T* key_panels;
+    std::int64_t key_words;
+    const T* value_panels;
+    std::int64_t value_words;
+  };
+  // Group g of the tile, n rows, and all keys that it sees; lse in units of log2, and delta, are of
+  // its first row, first_key is of column 0. False: a score is -inf, which has overflowed.
+  bool run(const TileRanges<T>& tile, std::int64_t g, std::int64_t n, const Operands& x,
+           std::int64_t first_key, const T* lse, const T* delta) {
+    const std::int64_t r = g * Operand::kTileRows;
+    const KeyRange all = tile.seen_by_all(r, n);
+    for (std::int64_t u = 0; u < tile.columns; u += kPanel<T>) {
+      if (!tile.touches(g, u)) continue;
+      gradient_.scores(r, n, x.key_panels + u * x.key_words, T(0), first_key + u, scores_, kStride);
+      multiply_rows<Operand, 2, false, true>(n, x.grad_out, x.grad_out_ld,
+                                             x.value_panels + u * x.value_words, kPanel<T>,
+                                             x.value_words, products_, kStride);
+      const bool all_see_all =
+          n == Operand::kTileRows && all.begin <= u && u + kPanel<T> <= all.end;
+      const bool finite = all_see_all ? softmax<true>(tile, r, n, u, lse, delta)
+                                      : softmax<false>(tile, r, n, u, lse, delta);
+      if (!finite) return false;
     }
-    return all_see_all ? softmax<true>(tile, r, n, u, lse, delta)
-                       : softmax<false>(tile, r, n, u, lse, delta);
+    return true;
   }
 
  private:
@@ -97,26 +111,21 @@ class PlainTile {
       }
       const Vec<T> shift = splat(lse[i]);
       const Vec<T> less = splat(delta[i]);
-      const auto half = [&](int j, Vec<T>& weight,
-                            Vec<T>& gradient) __attribute__((always_inline)) {
-        Vec<T> score = load(scores_ + i * kStride + j);
-        Vec<T> product = load(products_ + i * kStride + j);
-        IntVec<T> seen{};
-        if constexpr (!kAllSeeAll) {
-          const Vec<T> column = lane_numbers<T>() + splat(static_cast<T>(u + j));
-          seen = (column >= splat(static_cast<T>(tile.begin[r + i]))) &
-                 (column < splat(static_cast<T>(tile.end[r + i])));
-          score = seen ? score : Vec<T>{};
-        }
-        const Vec<T> relative = scaled.minus(score, shift);
-        smallest = at_most(relative, smallest);
-        weight = exp2<T>(relative);
-        gradient = weight == Vec<T>{} ? Vec<T>{} : weight * (product - less);
-        if constexpr (!kAllSeeAll) {
-          weight = seen ? weight : Vec<T>{};
-          gradient = seen ? gradient : Vec<T>{};
-        }
-      };
+      const SeenColumns<T> seen(tile.begin[r + i] - u, tile.end[r + i] - u);
+      const auto half = [&](int j, Vec<T>& weight, Vec<T>& gradient)
+                            __attribute__((always_inline)) {
+                              Vec<T> score = load(scores_ + i * kStride + j);
+                              if constexpr (!kAllSeeAll) score = seen.select(j, score, Vec<T>{});
+                              const Vec<T> product = load(products_ + i * kStride + j);
+                              const Vec<T> relative = scaled.minus(score, shift);
+                              smallest = at_most(relative, smallest);
+                              weight = exp2<T>(relative);
+                              gradient = weight == Vec<T>{} ? Vec<T>{} : weight * (product - less);
+                              if constexpr (!kAllSeeAll) {
+                                weight = seen.select(j, weight, Vec<T>{});
+                                gradient = seen.select(j, gradient, Vec<T>{});
+                              }
+                            };
       half(0, p.left, x.left);
       half(lanes, p.right, x.right);
     };

@@ -112,6 +112,14 @@ struct TileRanges {
   }
 
   bool row_is_empty(std::int64_t r) const { return begin[r] >= end[r]; }
+  // The columns that each of the rows [r, r + rows) sees.
+  KeyRange seen_by_all(std::int64_t r, std::int64_t rows) const {
+    KeyRange all = {0, columns};
+    for (std::int64_t i = r; i < r + rows; ++i) {
+      all = {larger(all.begin, begin[i]), smaller(all.end, end[i])};
+    }
+    return all;
+  }
   bool group_is_empty(std::int64_t g) const { return group_begin[g] >= group_end[g]; }
   // Whether group g has anything to do in the panel from column u.
   bool touches(std::int64_t g, std::int64_t u) const {
@@ -130,6 +138,21 @@ struct TileRanges {
     const int length = gaps == 0 ? 64 : __builtin_ctzll(gaps);
     return {skipped == 0 ? column : (n + skipped) * kPanel<T>,
             smaller((n + skipped + length) * kPanel<T>, group_end[g])};
+  }
+};
+
+// Which columns a row sees, [begin, end), counted from some column as j is.
+template <typename T>
+struct SeenColumns {
+  Vec<T> begin, end;
+
+  // Beyond the numbers that T has exactly they are still on the right side of a block's columns.
+  SeenColumns(std::int64_t first, std::int64_t behind)
+      : begin(splat(static_cast<T>(first))), end(splat(static_cast<T>(behind))) {}
+  // v where lane l stands for a column that is seen, column j + l; `other` elsewhere.
+  TSA_INLINE Vec<T> select(int j, Vec<T> v, Vec<T> other) const {
+    const Vec<T> column = lane_numbers<T>() + splat(static_cast<T>(j));
+    return ((column >= begin) & (column < end)) ? v : other;
   }
 };
 

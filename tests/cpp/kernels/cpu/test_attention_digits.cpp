@@ -51,6 +51,13 @@ Case case_of(DType dtype, std::int64_t query_length, std::int64_t key_length,
   return c;
 }
 
+// Row l times 2^power(l).
+template <typename Power>
+void scale(Tensor& tensor, const Power& power) {
+  tensor.fill(
+      [&](auto b, auto h, auto l, auto d) { return std::ldexp(tensor.get(b, h, l, d), power(l)); });
+}
+
 }  // namespace
 
 TEST_CASE("float32: the norm of the error is that of a few roundings") {
@@ -112,15 +119,10 @@ TEST_CASE("float32: magnitudes far from 1") {
                std::to_string(powers.value) + ", " + std::to_string(powers.grad_out);
       if (causal) c.window_right = 0, c.query_offset = 60;
       Instance instance(c);
-      const auto scale = [](Tensor& tensor, int power) {
-        tensor.fill([&](auto b, auto h, auto l, auto d) {
-          return std::ldexp(tensor.get(b, h, l, d), power);
-        });
-      };
-      scale(instance.query, powers.query);
-      scale(instance.key, powers.key);
-      scale(instance.value, powers.value);
-      scale(instance.grad_out, powers.grad_out);
+      scale(instance.query, [&](auto) { return powers.query; });
+      scale(instance.key, [&](auto) { return powers.key; });
+      scale(instance.value, [&](auto) { return powers.value; });
+      scale(instance.grad_out, [&](auto) { return powers.grad_out; });
       for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
         check_norms(instance.run(candidate, threads(2)), expected, 1.2e-6);
       });
@@ -132,14 +134,9 @@ TEST_CASE("float32: rows of all magnitudes in one block") {
   Case c = case_of(DType::kFloat32, 64, 96, 32);
   c.name = "all magnitudes";
   Instance instance(c);
-  const auto scale = [](Tensor& tensor, int step) {
-    tensor.fill([&](auto b, auto h, auto l, auto d) {
-      return std::ldexp(tensor.get(b, h, l, d), -static_cast<int>(l % 8) * step);
-    });
-  };
-  scale(instance.key, 15);
-  scale(instance.value, 15);
-  scale(instance.grad_out, 15);
+  for (Tensor* const tensor : {&instance.key, &instance.value, &instance.grad_out}) {
+    scale(*tensor, [](std::int64_t row) { return -15 * static_cast<int>(row % 8); });
+  }
   for_each_implementation(instance, [&](const auto& candidate, const Results& expected) {
     check_norms(instance.run(candidate, threads(2)), expected, 1.2e-6);
   });
