@@ -1,8 +1,8 @@
 """What the machine could do at best, measured in turn with the operators that are held to it.
 
 An operator's figure is given as a share of the rate of matrix products or of reading; for the
-additive score, of the fused multiply-adds (FMA) and divisions of the instruction set that its
-kernel uses. The loops for that are in benchmarks/loops/, which `make build` compiles.
+additive score, of the rate of a loop that does its arithmetic alone, with the instruction set that
+its kernel uses. The loops for that are in benchmarks/loops/, which `make build` compiles.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ from benchmarks.problem_sets import Problem
 
 # Implementations of ours, and which loops are compiled as they are.
 ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512bf16": 2, "amx": 2}
-LOOPS = {"fma": 0, "division": 1, "mixed": 2}
-# Per round of a loop and vector, see benchmarks/loops/loops_isa.h. What `mixed` counts is pairs
-# of the additive score: a round is four elements of a vector of pairs.
-WORK = {"fma": 9, "division": 2, "mixed": 4}
-ROUNDS = 1 << 19  # about 0.3 ms
+# What a round of each loop does for every lane of a vector, see benchmarks/loops/loops_isa.h: fused
+# multiply-adds (FMA), or pairs and elements of the additive score.
+LOOPS = {"fma": 0, "additive_forward": 1, "additive_forward_backward": 2}
+WORK = 8
+ROUNDS = 1 << 16  # 0.1 to 2 ms
 SQUARE = 2048  # tokens of the square matrix product
 LARGE = 256 << 20  # bytes, more than a cache holds
 
@@ -52,18 +52,14 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _loops(isa: str, threads: int) -> list[Limit]:
+def _loop(name: str, unit: str, isa: str, threads: int) -> list[Limit]:
     loops = library()
     lanes = loops.loops_vector_bytes(ISAS[isa]) // 4 if loops and isa in ISAS else 0
     if loops is None or not lanes:
         return []
-
-    def limit(name: str) -> Limit:
-        work = WORK[name] * lanes * threads * ROUNDS
-        arguments = ISAS[isa], LOOPS[name], ctypes.c_int64(ROUNDS), threads
-        return Limit(f"{name}:{isa}", f"{name}/s", work, lambda: loops.loops_arithmetic(*arguments))
-
-    return [limit(name) for name in LOOPS]
+    work = WORK * lanes * threads * ROUNDS
+    arguments = ISAS[isa], LOOPS[name], ctypes.c_int64(ROUNDS), threads
+    return [Limit(f"{name}:{isa}", unit, work, lambda: loops.loops_arithmetic(*arguments))]
 
 
 def _read(name: str, size: int, threads: int) -> list[Limit]:
@@ -100,6 +96,10 @@ def _products(length: int, head_dim: int) -> list[Limit]:
     ]
 
 
+def _additive(backward: bool) -> str:
+    return "additive_forward_backward" if backward else "additive_forward"
+
+
 def of(
     problem: Problem, backward: bool, dtype: torch.dtype, threads: int, isas: list[str]
 ) -> list[Limit]:
@@ -116,10 +116,10 @@ def of(
         found += _read("read_large", LARGE, threads)
     elif p.op == "dot" and p.query_length >= 1024 and dtype == torch.float32:
         found += _products(p.query_length, p.head_dim)
-        found += [limit for limit in _loops(isas[0], threads) if limit.name.startswith("fma")]
+        found += _loop("fma", "fma/s", isas[0], threads)
     elif p.op == "additive" and dtype in (torch.float32, torch.bfloat16, torch.float16):
         for isa in dict.fromkeys(isas):
-            found += _loops(isa, threads)
+            found += _loop(_additive(backward), "element/s", isa, threads)
     return found
 
 
@@ -151,18 +151,7 @@ def figures(
     if p.op != "additive":
         return {}
     found = {"ns_per_element": 1e9 * seconds / triples}
-    if f"fma:{isa}" in rates and f"division:{isa}" in rates:
-        # Of four elements of a vector of pairs (csrc/kernels/cpu/score.h, score_gradient.h): nine
-        # FMA slots and a division for the score, which backward makes again, ten and two for its
-        # gradient. Products with the values are four slots each: one forward, two backward.
-        fmas, divisions, products = (28, 4, 12) if backward else (9, 1, 4)
-        division_time = divisions / rates[f"division:{isa}"]
-        counted = {"score": fmas, "score_and_products": fmas + products}
-        if isa in ("amx", "avx512bf16"):  # its products are not made of FMAs
-            del counted["score_and_products"]
-        for name, slots in counted.items():
-            least = triples / 4 * max(slots / rates[f"fma:{isa}"], division_time)
-            found[name] = least / seconds
-        if not backward:
-            found["mixed"] = triples / rates[f"mixed:{isa}"] / seconds
+    loop = f"{_additive(backward)}:{isa}"
+    if loop in rates:
+        found["arithmetic"] = triples / rates[loop] / seconds
     return found

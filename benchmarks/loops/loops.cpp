@@ -44,7 +44,7 @@ EXPORT int loops_vector_bytes(int isa) {
   return chosen == nullptr ? 0 : chosen->vector_bytes;
 }
 
-// `rounds` rounds on every thread. what: 0 FMAs, 1 divisions, 2 both.
+// `rounds` rounds on every thread. what: as in Loops.
 EXPORT void loops_arithmetic(int isa, int what, std::int64_t rounds, int threads) {
   const Loops& chosen = *loops_of(isa);
 #pragma omp parallel num_threads(threads)

@@ -4,13 +4,10 @@
 
 namespace torch_selfattn::loops {
 
-// FMA slots beside one division: what four elements of a vector of pairs take in the additive score
-// (csrc/kernels/cpu/score.h).
-constexpr int kFmasOfAScore = 9;
-
 struct Loops {
   int vector_bytes;
-  // Only FMAs, only divisions (two a round), both.
+  // FMAs; the arithmetic of eight elements of a vector of pairs in the additive score, forward, and
+  // forward and backward.
   float (*arithmetic[3])(std::int64_t rounds);
   float (*read)(const float* data, std::int64_t n);
 };

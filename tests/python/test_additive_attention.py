@@ -70,15 +70,26 @@ class TestLeakyRelu(AttentionTester):
         torch.testing.assert_close(got, want)
 
 
+# Exponents of |w| of 14 elements: they enter the products of eight, four and two elements that
+# share a division.
+EXPONENTS = {
+    "equal": [0] * 14,
+    "small eight": [0, 4, 7, 9, 3, 8, 6, 5, 0, 0, 0, 0, 0, 0],
+    "small four": [0, 0, 0, 0, 0, 0, 0, 0, 18, 22, 20, 19, 0, 0],
+    "far apart": [0, 4, 9, 14, 1, 1, 2, 2, 0, 20, 30, 300, 3, 5],
+}
+
+
+@pytest.mark.parametrize("exponents", EXPONENTS.values(), ids=EXPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
-def test_edges_of_the_range_rules(name, dtype):
-    """q = k = m from where nothing overflows to where e^(2 m) does, with weights so small that
-    products of four are near the largest number: the result has an edge nowhere."""
+def test_edges_of_the_range_rules(name, dtype, exponents):
+    """q = k = m from where nothing overflows to where e^(2 m) does, also with weights so small
+    that products are near the largest number: the result has an edge nowhere."""
     if f"{name}: not supported" in torch_selfattn.explain(*torch.ones(3, 1, 1, 1, 1)):
         pytest.skip(f"this processor has no {name}")
     generator = torch.Generator().manual_seed(3)
-    weights = torch.tensor([0, 4, 9, 14, 1, 1, 2, 2, 0, 20, 30, 300, 3, 5]).mul(-1.0).exp2()
+    weights = torch.tensor(exponents).mul(-1.0).exp2()
     value = torch.randn(1, 1, 40, 3, generator=generator, dtype=torch.float64).to(dtype)
     spread = torch.rand(2, 1, 1, 40, 14, generator=generator, dtype=torch.float64)
     bound = 300 * torch.finfo(dtype).eps

@@ -93,6 +93,7 @@ class BackwardKernel {
   void plan() {
     query_width_ = padded<T>(p_.head_dim);
     value_width_ = padded<T>(p_.value_dim);
+    key_sums_ld_ = Operand::kTransposes ? query_width_ : spread_rows<T>(query_width_);
     query_words_ = padded<T>(Operand::words(p_.head_dim));
     value_words_ = padded<T>(Operand::words(p_.value_dim));
     row_words_ = Operand::words(p_.query_length);
@@ -119,7 +120,8 @@ class BackwardKernel {
     groups_ = larger<std::int64_t>(groups_, 1);
     mask_.plan_groups(groups_);
 
-    copy_query_ = Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
+    copy_query_ = Gradient::kReadsQueries &&
+                  Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
     copy_grad_out_ =
         Operand::in_place(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
     grad_query_in_place_ = groups_ == 1 && p_.dtype == dtype_of<T>() &&
@@ -194,7 +196,7 @@ class BackwardKernel {
       if constexpr (Operand::kTransposes) plain_tile = carver.take<T>(PlainTile<Gradient>::size());
       row = carver.take<T>(k.score_ld_);
       grad_key = carver.take<T>(k.block_keys_ * k.query_width_);
-      grad_key_head = carver.take<T>(k.block_keys_ * k.query_width_);
+      grad_key_head = carver.take<T>(k.block_keys_ * k.key_sums_ld_);
       grad_value = carver.take<T>(k.block_keys_ * k.value_width_);
       constexpr bool turned = Operand::kTransposes;
       grad_key_turned = carver.take<T>(turned ? k.query_width_ * k.score_ld_ : 0);
@@ -308,6 +310,7 @@ class BackwardKernel {
     const T* row(std::int64_t r) const { return data + r * ld; }
   };
   Matrix query_across(const Copies& copies, std::int64_t b, std::int64_t h) const {
+    if constexpr (!Gradient::kReadsQueries) return {nullptr, 0};
     const std::int64_t word = place_of_copy(b, h) * row_words_;
     if (copy_query_) return {copies.query_across + word * query_width_, query_width_};
     const Rows rows = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
@@ -428,7 +431,7 @@ class BackwardKernel {
           dk_head.turn(keys);
           for (std::int64_t j = 0; j < keys; ++j) {
             T* const dk = buffer.grad_key + j * k.query_width_;
-            const T* const head = buffer.grad_key_head + j * k.query_width_;
+            const T* const head = buffer.grad_key_head + j * k.key_sums_ld_;
             for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
               const Vec<T> sum = fma(load(head + d), load(buffer.factors + d), load(dk + d));
               check += sum - sum;
@@ -471,12 +474,12 @@ class BackwardKernel {
     struct Sums {
       T* rows;
       T* turned;
-      std::int64_t width, turned_ld;
+      std::int64_t width, row_ld, turned_ld;
 
       T* data() const { return Operand::kTransposes ? turned : rows; }
-      std::int64_t ld() const { return Operand::kTransposes ? turned_ld : width; }
+      std::int64_t ld() const { return Operand::kTransposes ? turned_ld : row_ld; }
       void clear(std::int64_t keys) const {
-        fill_zero(data(), Operand::kTransposes ? width * turned_ld : keys * width);
+        fill_zero(data(), Operand::kTransposes ? width * turned_ld : keys * row_ld);
       }
       void turn(std::int64_t keys) const {
         if constexpr (Operand::kTransposes) {
@@ -485,10 +488,12 @@ class BackwardKernel {
       }
     };
     Sums head_key_sums() const {
-      return {buffer.grad_key_head, buffer.grad_key_turned, k.query_width_, k.score_ld_};
+      return {buffer.grad_key_head, buffer.grad_key_turned, k.query_width_, k.key_sums_ld_,
+              k.score_ld_};
     }
     Sums value_sums() const {
-      return {buffer.grad_value, buffer.grad_value_turned, k.value_width_, k.score_ld_};
+      return {buffer.grad_value, buffer.grad_value_turned, k.value_width_, k.value_width_,
+              k.score_ld_};
     }
 
     const Copies& copies() const { return k.groups_ > 1 ? k.copies_ : buffer.copies; }
@@ -823,7 +828,7 @@ class BackwardKernel {
   const Parallel& parallel_;
   Dropout dropout_;
 
-  std::int64_t query_width_ = 0, value_width_ = 0;
+  std::int64_t query_width_ = 0, value_width_ = 0, key_sums_ld_ = 0;
   std::int64_t query_words_ = 0, value_words_ = 0, row_words_ = 0;
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;

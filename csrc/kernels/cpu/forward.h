@@ -22,8 +22,8 @@
 // that a group of rows may see; panels that the mask hides from a group are left out (TileRanges).
 // Tiles of AMX mostly go another way through a block, plain_band.h.
 //
-// Of dot products without ALiBi, weights are relative to the row's maximum in the first block of
-// which it sees a key; no maximum is looked for after it, and a mask is added on the way to the
+// Of scores without ALiBi, weights are relative to the row's maximum in the first block of which it
+// sees a key; no maximum is looked for after it, and a mask is added on the way to the
 // weights (first_references_, has_references). If the sum of a row shows that later scores rose far
 // above that, the block of rows is computed again by running maxima, as all others are from the
 // start.
@@ -48,10 +48,10 @@ class ForwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasPlainBands = Operand::kTransposes;  // by tiles
-  // Other scores take so long that looking for maxima, and masks in a pass of their own, do not
-  // matter; nor are they known to be bounded.
+  // Others are not known to be bounded.
   static constexpr bool kKeepsReferences =
-      std::is_same_v<Score, DotScore<Operand>> && !kHasPlainBands;
+      !kHasPlainBands &&
+      (std::is_same_v<Score, DotScore<Operand>> || std::is_same_v<Score, AdditiveScore<Operand>>);
   static constexpr bool kWeightsApart = Operand::kParts > 1;  // weights, not in place of the scores
   static_assert(Operand::kBlockKeys <= kMaskKeys);
 
@@ -114,8 +114,11 @@ class ForwardKernel {
     width_ = padded<T>(p_.value_dim);
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
     const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
-    // Scores of a block and its packed keys stay within a part of L2.
-    constexpr std::int64_t most = Operand::kBlockKeys;
+    // Scores of a block and its packed keys stay within a part of L2. Additive ones of wide heads
+    // stay in L1 with the values that they weight: they take so long that more blocks cost nothing.
+    constexpr bool is_dot = std::is_same_v<Score, DotScore<Operand>> || Score::kInPlace;
+    const std::int64_t most =
+        is_dot || widest <= 32 ? Operand::kBlockKeys : Operand::kBlockKeys / 2;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
     block_keys_ = round_up(smaller(block_keys_, keys), kPanel<T>);
     score_ld_ = block_keys_ + kLanes<T>;

@@ -47,7 +47,7 @@ class LeakyReluScore : public FinishedScores<typename OperandT::Scalar> {
  public:
   using Operand = OperandT;
   using T = typename Operand::Scalar;
-  static constexpr int kGroupRows = 4;
+  static constexpr int kGroupRows = Operand::kTileRows / kScoreRows * kScoreRows;
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = false;
   static std::int64_t constants_size(std::int64_t head_dim) { return padded<T>(head_dim); }
@@ -91,10 +91,10 @@ class LeakyReluScore : public FinishedScores<typename OperandT::Scalar> {
   template <bool kSteep>
   void tiles(const T* queries, const T* panel, std::int64_t rows, T* scores,
              std::int64_t ld) const {
-    if (rows == kGroupRows) {
-      leaky_relu_tile<T, kGroupRows, kSteep>(queries, weight_, panel, p_.head_dim, slope_, factor_,
+    for (; rows >= kScoreRows; rows -= kScoreRows, queries += kScoreRows * p_.head_dim) {
+      leaky_relu_tile<T, kScoreRows, kSteep>(queries, weight_, panel, p_.head_dim, slope_, factor_,
                                              scores, ld);
-      return;
+      scores += kScoreRows * ld;
     }
     for (; rows > 0; --rows, queries += p_.head_dim, scores += ld) {
       leaky_relu_tile<T, 1, kSteep>(queries, weight_, panel, p_.head_dim, slope_, factor_, scores,
@@ -135,6 +135,7 @@ class LeakyReluGradient : public FinishedScores<typename OperandT::Scalar> {
   using Score = LeakyReluScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = true;
+  static constexpr bool kReadsQueries = true;
   static constexpr std::int64_t kBlockRows = 32;
   static constexpr std::int64_t kBlockKeys = 64;
   static std::int64_t buffer_size(std::int64_t head_dim) {
@@ -172,7 +173,7 @@ class LeakyReluGradient : public FinishedScores<typename OperandT::Scalar> {
   void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* /*bounds*/,
                   double* weight_sums) const {
     const LeakyReluSlope<T> slope{static_cast<T>(p_.negative_slope)};
-    sweep_tile<kGroupRows>(tile, query_, query_ld_, key_, width_, slope, weight_sums);
+    sweep_tile<kGroupRows>(tile, query_, query_ld_, key_, width_, width_, slope, weight_sums);
   }
 
   T factor_of_sums(std::int64_t d) const {

@@ -329,6 +329,13 @@ template <typename T>
 inline std::int64_t padded(std::int64_t width) {
   return round_up(width, kLanes<T>);
 }
+// Of so many elements and more, such that a column of rows spreads over all sets of a cache: an odd
+// number of lines.
+template <typename T>
+inline std::int64_t spread_rows(std::int64_t width) {
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+  return ((width + line - 1) / line | 1) * line;
+}
 
 template <typename T>
 [[gnu::noinline]] Vec<T> gather_elements_of_row(const Rows& rows, std::int64_t row, std::int64_t d,

@@ -48,6 +48,9 @@ template <typename T>
   }
 }
 
+// Queries of a register tile of additive scores.
+constexpr int kScoreRows = 4;
+
 // The weight of a head, additive only.
 template <typename T>
 inline void load_weight(const AttentionProblem& p, std::int64_t b, std::int64_t h, T* to) {
@@ -190,63 +193,101 @@ class DotScore : public DotProducts<OperandT> {
 //   tanh(q + k) = 1 - 2 / (1 + e^(2q) e^(2k)),
 // so the exponentials are made once per token: Lq + Lk of them, not Lq Lk. With c = max |w| and
 // u_d = c / |w_d| the score is -2c scale sum_d (1 / x_d - |w_d| / 2c), x_d = u_d + (u_d A_d) B_d:
-// one FMA per pair and element, and four elements share a division, since
-//   1/x0 + 1/x1 + 1/x2 + 1/x3 = ((x0 + x1) x2 x3 + (x2 + x3) x0 x1) / (x0 x1 x2 x3).
-// x_d is limited to `cap`, which keeps the product finite at an error of c / cap; it serves w_d = 0
-// as well. Where |q|, |k| and u are so small that no product of four can overflow, the limit is
-// left out (kBounded); where |q| or |k| is so large that the exponentials leave the range, x_d is
-// computed from q_d + k_d instead (kSum). Both are decided per panel of keys.
-// Bound: nine FMA slots and one division for four elements of a vector of pairs.
-enum class Join : char { kBounded, kProduct, kSum };
+// one FMA per pair and element, and eight elements share a division, since
+//   n1 / d1 + n2 / d2 = (n1 d2 + n2 d1) / (d1 d2).
+// Everything is in units of 2^-15 (2^-127 in double), so that products of eight begin at 2^-120
+// and have all exponents above before they overflow. Where |q|, |k| and u are so large that they
+// could (kEight), four elements share a division (kFour); where these could, x_d is limited to
+// `cap`, which keeps the product of four finite at an error of c / cap, and serves w_d = 0 as well
+// (kLimited); where |q| or |k| is so large that the exponentials leave the range, x_d is computed
+// from q_d + k_d instead (kSum). This is decided per panel of keys. Registers for eight are there
+// with AVX-512 only.
+// Bound, for eight elements of a vector of pairs: 27 sums, products and FMAs, and a division.
+enum class Join : char { kEight, kFour, kLimited, kSum };
+constexpr bool kSharesEight = kVectorBytes == 64;
 
 template <typename T, Join join>
 TSA_INLINE Vec<T> joined(Vec<T> a, Vec<T> b, Vec<T> u) {
-  if constexpr (join == Join::kBounded) {
-    return fma(a, b, u);  // a = u e^(2q), b = e^(2k)
-  } else if constexpr (join == Join::kProduct) {
-    return at_most(splat(Math<T>::cap), fma(a, b, u));
+  constexpr T cap = Math<T>::cap * Math<T>::unit;
+  if constexpr (join == Join::kLimited) {
+    return at_most(splat(cap), fma(a, b, u));
+  } else if constexpr (join == Join::kSum) {
+    return at_most(splat(cap), fma(exp_2x(a + b), u, u));  // a = q, b = k
   } else {
-    return at_most(splat(Math<T>::cap), fma(exp_2x(a + b), u, u));  // a = q, b = k
+    return fma(a, b, u);  // a = u e^(2q), b = e^(2k)
   }
 }
 
-// One vector of keys, kRows queries: scores = k2 sum_d (1 / x_d - half_d), four elements at a time.
+// 1 / x[0] + ... + 1 / x[n - 1].
+template <typename T>
+struct Fraction {
+  Vec<T> numerator, denominator;
+};
+template <int n, typename T>
+TSA_INLINE Fraction<T> sum_of_reciprocals(const Vec<T>* x) {
+  if constexpr (n == 2) {
+    return {x[0] + x[1], x[0] * x[1]};
+  } else {
+    const Fraction<T> a = sum_of_reciprocals<n / 2, T>(x);
+    const Fraction<T> b = sum_of_reciprocals<n / 2, T>(x + n / 2);
+    return {fma(a.numerator, b.denominator, b.numerator * a.denominator),
+            a.denominator * b.denominator};
+  }
+}
+
+// The operands of one vector of keys and kRows queries, and sum += sum_d (1 / x_d - half_d).
 // Without `half`, what 1 / x_d is at tanh = 0, the sum would grow to sum |w| and lose digits.
 template <typename T, int kRows, Join join>
-[[gnu::noinline]] void additive_tile(const T* __restrict a, const T* __restrict u,
-                                     const T* __restrict half, const T* __restrict panel,
-                                     std::int64_t head_dim, T k2, T* __restrict scores,
-                                     std::int64_t ld) {
+struct AdditiveTile {
+  const T* __restrict a;
+  const T* __restrict u;
+  const T* __restrict panel;
+  std::int64_t head_dim;
   Vec<T> sum[kRows] = {};
-  std::int64_t d = 0;
-  for (; d + 4 <= head_dim; d += 4) {
-    Vec<T> b[4], u_d[4];
-#pragma GCC unroll 4
-    for (int e = 0; e < 4; ++e) {
+
+  // Of n elements from d, which share a division.
+  template <int n>
+  TSA_INLINE void add(std::int64_t d, T half) {
+    Vec<T> b[n], u_d[n];
+#pragma GCC unroll 8
+    for (int e = 0; e < n; ++e) {
       b[e] = load(panel + (d + e) * kPanel<T>);
       u_d[e] = splat(u[d + e]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      Vec<T> x[4];
-#pragma GCC unroll 4
-      for (int e = 0; e < 4; ++e) {
+      Vec<T> x[n];
+#pragma GCC unroll 8
+      for (int e = 0; e < n; ++e) {
         x[e] = joined<T, join>(splat(a[i * head_dim + d + e]), b[e], u_d[e]);
       }
-      const Vec<T> x01 = x[0] * x[1];
-      const Vec<T> x23 = x[2] * x[3];
-      sum[i] += fma(x[0] + x[1], x23, (x[2] + x[3]) * x01) / (x01 * x23) - splat(half[d / 4]);
+      const Fraction<T> all = sum_of_reciprocals<n, T>(x);
+      sum[i] += all.numerator / all.denominator - splat(half);
     }
   }
+};
+
+// One vector of keys, kRows queries: scores = k2 sum_d (1 / x_d - half_d).
+template <typename T, int kRows, Join join>
+[[gnu::noinline]] void additive_tile(const T* __restrict a, const T* __restrict u,
+                                     const T* __restrict half, const T* __restrict panel,
+                                     std::int64_t head_dim, T k2, T* __restrict scores,
+                                     std::int64_t ld) {
+  AdditiveTile<T, kRows, join> tile{a, u, panel, head_dim};
+  std::int64_t d = 0;
+  if constexpr (join == Join::kEight) {
+    for (; d + 8 <= head_dim; d += 8) tile.template add<8>(d, half[d / 4] + half[d / 4 + 1]);
+  }
+  for (; d + 4 <= head_dim; d += 4) tile.template add<4>(d, half[d / 4]);
   half += head_dim / 4 - d;
   for (; d < head_dim; ++d) {
     for (int i = 0; i < kRows; ++i) {
       const Vec<T> a_i = splat(a[i * head_dim + d]);
       const Vec<T> x = joined<T, join>(a_i, load(panel + d * kPanel<T>), splat(u[d]));
-      sum[i] += T(1) / x - splat(half[d]);
+      tile.sum[i] += T(1) / x - splat(half[d]);
     }
   }
-  for (int i = 0; i < kRows; ++i) store(scores + i * ld, sum[i] * splat(k2));
+  for (int i = 0; i < kRows; ++i) store(scores + i * ld, tile.sum[i] * splat(k2));
 }
 
 template <typename OperandT>
@@ -255,7 +296,7 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
   using Operand = OperandT;
   using T = typename Operand::Scalar;
   static constexpr ScoreKind kKind = ScoreKind::kAdditive;
-  static constexpr int kGroupRows = 4;
+  static constexpr int kGroupRows = Operand::kTileRows / kScoreRows * kScoreRows;
   static constexpr bool kKeysPerQueryHead = true;  // the sign of w is in them
   static constexpr bool kInPlace = false;
   static std::int64_t constants_size(std::int64_t head_dim) { return 3 * padded<T>(head_dim); }
@@ -283,37 +324,54 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
       largest = w > largest ? w : largest;
     }
     // NaN if a weight is not finite: then no score is right.
+    double total = 0.0;
     const std::int64_t fours = p_.head_dim / 4 * 4;
     for (std::int64_t d = 0; d < p_.head_dim; d += d < fours ? 4 : 1) {
       double sum = 0.0;
       for (std::int64_t e = d; e < (d < fours ? d + 4 : d + 1); ++e) {
         sum += __builtin_fabs(static_cast<double>(u_[e]));
       }
+      total += sum;
       const std::int64_t at = d < fours ? d / 4 : fours / 4 + d - fours;
-      half_[at] = sum == 0.0 ? T(0) : static_cast<T>(sum / (2.0 * largest));
+      half_[at] = sum == 0.0 ? T(0) : static_cast<T>(sum / (2.0 * largest * Math<T>::unit));
     }
-    double largest_product = 0.0;  // of four u, its log2
-    double product = 0.0;
+    double of_four = 0.0;  // the largest product of u, its log2
+    double of_eight = 0.0;
+    double four_before = 0.0;
+    double product = 1.0;
     for (std::int64_t d = 0; d < padded<T>(p_.head_dim); ++d) {
       const T w = d < p_.head_dim ? u_[d] : T(0);
-      const double u = largest / __builtin_fabs(static_cast<double>(w));
+      const double wanted = largest / __builtin_fabs(static_cast<double>(w));
+      const T u =
+          wanted < static_cast<double>(Math<T>::cap) ? static_cast<T>(wanted) : Math<T>::cap;
       sign_[d] = w < T(0) ? T(-1) : T(1);
-      u_[d] = u < static_cast<double>(Math<T>::cap) ? static_cast<T>(u) : Math<T>::cap;
-      product = (d % 4 == 0 ? 0.0 : product) + __builtin_log2(static_cast<double>(u_[d]));
-      if (d < fours && product > largest_product) largest_product = product;
+      u_[d] = u * Math<T>::unit;
+      product *= static_cast<double>(u);
+      if (d % 4 != 3) continue;
+      if (d < fours) {
+        const double four = __builtin_log2(product);
+        of_four = larger(of_four, four);
+        if (d % 8 == 7) of_eight = larger(of_eight, four_before + four);
+        four_before = four;
+      }
+      product = 1.0;
     }
-    // Of x_d <= u_d (1 + e^(2m)) <= u_d 2^(2m log2 e + 1), m = |q| + |k|, four have a product below
-    // 2^(max_exponent - 2), two of which can be added up.
-    const double max_exponent = -1.0 - static_cast<double>(Math<T>::min_exponent);
-    bounded_ = static_cast<T>(((max_exponent - 2.0 - largest_product) / 4.0 - 1.0) /
-                              (2.0 * Math<double>::log2e));
-    k2_ = static_cast<T>(-2.0 * largest * p_.scale * Math<double>::log2e);
+    four_ = largest_argument(4, of_four);
+    eight_ = smaller(largest_argument(8, of_eight), four_);
+    k2_ = static_cast<T>(-2.0 * largest * Math<T>::unit * p_.scale * Math<double>::log2e);
+    bounded_ = __builtin_fabs(p_.scale) * total * Math<double>::log2e < Math<T>::max_score;
   }
 
   const T* sign() const { return sign_; }
   T query_bound() const { return query_bound_; }
 
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
+    load_queries(b, h, i, rows, queries, [](std::int64_t, std::int64_t, Vec<T>, Vec<T>) {});
+  }
+  // also(r, d, q, e^(2q)): of row r from element d, with the sign of w.
+  template <typename Also>
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries,
+                    const Also& also) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     first_query_ = i;
     query_rows_ = rows;
@@ -321,13 +379,14 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
     query_bound_ = T(0);
     for (std::int64_t r = 0; r < rows; ++r) {
       T* const to = queries + r * p_.head_dim;
-      load_row(query.dtype, query.data, query.at(i + r), query.element_stride, p_.head_dim, to);
       Vec<T> bound{};
       for (std::int64_t d = 0; d < p_.head_dim; d += kLanes<T>) {
-        const std::int64_t n = p_.head_dim - d;
-        const Vec<T> q = load_up_to(to + d, n) * load(sign_ + d);
+        const std::int64_t n = smaller<std::int64_t>(kLanes<T>, p_.head_dim - d);
+        const Vec<T> q = load_elements_of_row<T>(query, i + r, d, n) * load(sign_ + d);
+        const Vec<T> feature = exp_2x(q);
         bound = at_least(absolute(q), bound);
-        store_up_to(to + d, exp_2x(q) * load(u_ + d), n);
+        store_up_to(to + d, feature * load(u_ + d), n);
+        also(r, d, q, feature);
       }
       query_bound_ = larger(query_bound_, max_lanes<T>(bound));
     }
@@ -342,32 +401,48 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
                                    return exp_2x(k);
                                  });
   }
-  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
+  // Scores are at most |scale| sum |w|.
+  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return bounded_; }
 
   void scores(const T* queries, std::int64_t r, std::int64_t rows, const T* panel, T bound,
               std::int64_t j, T* scores, std::int64_t ld) {
-    if (bound + query_bound_ <= bounded_) {
-      tile<Join::kBounded>(queries + r * p_.head_dim, panel, rows, scores, ld);
-      return;
+    const T* const features = queries + r * p_.head_dim;
+    if constexpr (kSharesEight) {
+      if (bound + query_bound_ <= eight_) {
+        return tile<Join::kEight>(features, panel, rows, scores, ld);
+      }
+    }
+    if (bound + query_bound_ <= four_) {
+      return tile<Join::kFour>(features, panel, rows, scores, ld);
     }
     if (larger(bound, query_bound_) <= Math<T>::max_exponent_argument) {
-      tile<Join::kProduct>(queries + r * p_.head_dim, panel, rows, scores, ld);
-      return;
+      return tile<Join::kLimited>(features, panel, rows, scores, ld);
     }
     prepare_spare(j);
     tile<Join::kSum>(spare_ + (kPanel<T> + r) * p_.head_dim, spare_, rows, scores, ld);
   }
 
  private:
+  // The largest |q| + |k| at which n elements, whose u have a product of 2^log2_product, may share
+  // a division. Of x_d <= u_d (1 + e^(2m)) <= u_d 2^(2m log2 e + 1), m = |q| + |k|, in units, n
+  // have a product d; and since no x_d is below 1, the numerator is at most d n / unit.
+  static T largest_argument(int n, double log2_product) {
+    const double max_exponent = -1.0 - static_cast<double>(Math<T>::min_exponent);
+    const double of_numerator = __builtin_log2(n) - Math<T>::unit_exponent;
+    const double of_product = n * Math<T>::unit_exponent + log2_product;
+    return static_cast<T>(((max_exponent - of_numerator - of_product) / n - 1.0) /
+                          (2.0 * Math<double>::log2e));
+  }
+
   template <Join join>
   void tile(const T* queries, const T* panel, std::int64_t rows, T* scores, std::int64_t ld) const {
     for (int side = 0; side < kPanel<T>; side += kLanes<T>) {
       const T* a = queries;
       T* s = scores + side;
       std::int64_t left = rows;
-      if (left == 4) {
-        additive_tile<T, 4, join>(a, u_, half_, panel + side, p_.head_dim, k2_, s, ld);
-        continue;
+      for (; left >= kScoreRows; left -= kScoreRows, a += kScoreRows * p_.head_dim) {
+        additive_tile<T, kScoreRows, join>(a, u_, half_, panel + side, p_.head_dim, k2_, s, ld);
+        s += kScoreRows * ld;
       }
       for (; left > 0; --left, a += p_.head_dim, s += ld) {
         additive_tile<T, 1, join>(a, u_, half_, panel + side, p_.head_dim, k2_, s, ld);
@@ -403,7 +478,9 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
   std::int64_t first_query_ = 0;
   std::int64_t query_rows_ = 0;
   T query_bound_ = 0;
-  T bounded_ = 0;  // up to this |q| + |k| nothing overflows
+  T eight_ = 0;  // up to this |q| + |k| eight elements may share a division
+  T four_ = 0;   // four
+  bool bounded_ = false;
   bool spare_queries_ready_ = false;
 };
 

@@ -121,6 +121,7 @@ class DotGradient : public DotProducts<OperandT> {
   using Score = DotScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = false;
+  static constexpr bool kReadsQueries = true;  // as the driver has them, else as it likes
   static constexpr std::int64_t kBlockRows = Operand::kGradientRows;
   static constexpr std::int64_t kBlockKeys = Operand::kGradientKeys;
   static std::int64_t buffer_size(std::int64_t head_dim) {
@@ -222,38 +223,57 @@ class DotGradient : public DotProducts<OperandT> {
 // 4 (r - r^2):  dq_d = 4 scale w_d sum_j G (r - r^2), dk alike,
 //               dw_d = scale sign(w_d) (sum_ij G - 2 sum_ij G r).
 // r is computed again from the features, elements side by side in a vector, four queries at a time,
-// two of which share a division. It never divides by w_d, and sum_ij G is added up, not taken to be
-// 0, which it is not if the lse has a gradient.
-// Bound: ten FMA slots and two divisions for four vectors.
-template <typename T, Join join>
+// which share a division with AVX-512; else, and where 1 + e^(2q) e^(2k) has to be limited, two do.
+// In units of 2^-28 a product of four has room on both sides of 1. It never divides by w_d, and
+// sum_ij G is added up, not taken to be 0, which it is not if the lse has a gradient.
+// Bound, for four vectors: 33 sums, products and FMAs and a division, or 30 and two.
+enum class Features : char { kFinite, kLimited, kSum };
+template <typename T>
+constexpr T kSlopeUnit = T(0x1p-28);
+constexpr int kSlopesOfDivision = kVectorBytes == 64 ? 4 : 2;
+
+// 1 + e^(2q) e^(2k), in units.
+template <typename T, Features features>
 TSA_INLINE Vec<T> one_plus(Vec<T> a, Vec<T> b) {
-  if constexpr (join == Join::kBounded) {
-    return fma(a, b, splat(T(1)));
-  } else if constexpr (join == Join::kProduct) {
-    return at_most(splat(Math<T>::cap), fma(a, b, splat(T(1))));
+  const Vec<T> one = splat(kSlopeUnit<T>);
+  constexpr T cap = Math<T>::cap * kSlopeUnit<T>;
+  if constexpr (features == Features::kFinite) {
+    return fma(a, b, one);  // a = e^(2q) in units, b = e^(2k)
+  } else if constexpr (features == Features::kLimited) {
+    return at_most(splat(cap), fma(a, b, one));
   } else {
-    return at_most(splat(Math<T>::cap), splat(T(1)) + exp_2x(a + b));
+    return at_most(splat(cap), fma(exp_2x(a + b), one, one));  // a = q, b = k
   }
 }
 
-template <typename T, Join join>
+// r[i] = 1 / x[i] of two.
+template <typename T>
+TSA_INLINE void reciprocals_of_two(const Vec<T>* x, Vec<T> inverse, Vec<T>* r) {
+  r[0] = x[1] * inverse;
+  r[1] = x[0] * inverse;
+}
+
+template <typename T, Features features>
 struct TanhSlope {
   // h = g r, y = g (r - r^2), of queries a and one key b.
   template <int kRows>
   TSA_INLINE void operator()(const Vec<T> (&a)[kRows], Vec<T> b, const Vec<T> (&g)[kRows],
                              Vec<T> (&h)[kRows], Vec<T> (&y)[kRows]) const {
+    const Vec<T> one = splat(kSlopeUnit<T>);
     Vec<T> x[kRows], r[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = one_plus<T, join>(a[i], b);
-    if constexpr (kRows == 4) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 4; i += 2) {
-        const Vec<T> inverse = T(1) / (x[i] * x[i + 1]);
-        r[i] = x[i + 1] * inverse;
-        r[i + 1] = x[i] * inverse;
-      }
+    for (int i = 0; i < kRows; ++i) x[i] = one_plus<T, features>(a[i], b);
+    if constexpr (kRows != 4) {
+      for (int i = 0; i < kRows; ++i) r[i] = one / x[i];
+    } else if constexpr (features == Features::kFinite && kSlopesOfDivision == 4) {
+      const Vec<T> x01 = x[0] * x[1];
+      const Vec<T> x23 = x[2] * x[3];
+      const Vec<T> inverse = one / (x01 * x23);
+      reciprocals_of_two<T>(x, inverse * x23, r);
+      reciprocals_of_two<T>(x + 2, inverse * x01, r + 2);
     } else {
-      for (int i = 0; i < kRows; ++i) r[i] = T(1) / x[i];
+      reciprocals_of_two<T>(x, one / (x[0] * x[1]), r);
+      reciprocals_of_two<T>(x + 2, one / (x[2] * x[3]), r + 2);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -267,10 +287,10 @@ struct TanhSlope {
 // and over queries. Returns the sum of h.
 template <typename T, int kRows, Zeros zeros, typename Slope>
 [[gnu::noinline]] Vec<T> sweep_rows(Slope slope, const T* __restrict a, std::int64_t a_ld,
-                                    const T* __restrict b, std::int64_t width, std::int64_t begin,
+                                    const T* __restrict b, std::int64_t b_ld, std::int64_t begin,
                                     std::int64_t end, const T* __restrict gradient, std::int64_t ld,
                                     T* __restrict grad_query, std::int64_t grad_query_ld,
-                                    T* __restrict grad_key) {
+                                    T* __restrict grad_key, std::int64_t grad_key_ld) {
   Vec<T> a_i[kRows], dq[kRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
@@ -286,10 +306,10 @@ template <typename T, int kRows, Zeros zeros, typename Slope>
     Vec<T> g[kRows], h[kRows], y[kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) g[i] = splat(gradient[i * ld + j]);
-    slope(a_i, load(b + j * width), g, h, y);
+    slope(a_i, load(b + j * b_ld), g, h, y);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) dq[i] += y[i];
-    T* const dk = grad_key + j * width;
+    T* const dk = grad_key + j * grad_key_ld;
     if constexpr (kRows == 4) {
       weighted += (h[0] + h[1]) + (h[2] + h[3]);
       store(dk, load(dk) + ((y[0] + y[1]) + (y[2] + y[3])));
@@ -303,31 +323,37 @@ template <typename T, int kRows, Zeros zeros, typename Slope>
   return weighted;
 }
 
-// The whole tile: queries [rows][query_ld] and keys [keys][width] as `slope` takes them. The sums
+// The whole tile: queries [rows][query_ld] and keys [keys][key_ld] as `slope` takes them. The sums
 // of h are added to weight_sums[width].
 template <int kGroupRows, typename T, typename Slope>
 inline void sweep_tile(const GradientTile<T>& tile, const T* query, std::int64_t query_ld,
-                       const T* key, std::int64_t width, const Slope& slope, double* weight_sums) {
-  static_assert(kGroupRows == 4);
+                       const T* key, std::int64_t key_ld, std::int64_t width, const Slope& slope,
+                       double* weight_sums) {
+  static_assert(kGroupRows % kScoreRows == 0);
   const TileRanges<T>& ranges = *tile.ranges;
   for (std::int64_t d = 0; d < width; d += kLanes<T>) {
     Vec<T> sum{};
-    for (std::int64_t r = 0, g = 0; r < tile.rows; r += kGroupRows, ++g) {
-      const std::int64_t rows = smaller<std::int64_t>(kGroupRows, tile.rows - r);
+    for (std::int64_t r = 0; r < tile.rows; r += kScoreRows) {
+      const std::int64_t rows = smaller<std::int64_t>(kScoreRows, tile.rows - r);
+      const KeyRange seen = ranges.seen_by_any(r, rows);
+      const std::int64_t g = r / kGroupRows;
       for (KeyRange s = ranges.span(g, 0); s.begin < s.end; s = ranges.span(g, s.end)) {
-        if (rows == kGroupRows && tile.zeros == Zeros::kMultiply) {
-          sum += sweep_rows<T, kGroupRows, Zeros::kMultiply>(
-              slope, query + r * query_ld + d, query_ld, key + d, width, s.begin, s.end,
+        const std::int64_t begin = larger(s.begin, seen.begin);
+        const std::int64_t end = smaller(s.end, seen.end);
+        if (begin >= end) continue;
+        if (rows == kScoreRows && tile.zeros == Zeros::kMultiply) {
+          sum += sweep_rows<T, kScoreRows, Zeros::kMultiply>(
+              slope, query + r * query_ld + d, query_ld, key + d, key_ld, begin, end,
               tile.gradient + r * tile.ld, tile.ld, tile.grad_query + r * tile.grad_query_ld + d,
-              tile.grad_query_ld, tile.grad_key + d);
+              tile.grad_query_ld, tile.grad_key + d, tile.grad_key_ld);
           continue;
         }
         Vec<T> of_rows{};
         for (std::int64_t i = r; i < r + rows; ++i) {
           of_rows += sweep_rows<T, 1, Zeros::kSkip>(
-              slope, query + i * query_ld + d, query_ld, key + d, width, s.begin, s.end,
+              slope, query + i * query_ld + d, query_ld, key + d, key_ld, begin, end,
               tile.gradient + i * tile.ld, tile.ld, tile.grad_query + i * tile.grad_query_ld + d,
-              tile.grad_query_ld, tile.grad_key + d);
+              tile.grad_query_ld, tile.grad_key + d, tile.grad_key_ld);
         }
         sum += of_rows;
       }
@@ -351,20 +377,26 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
   using Score = AdditiveScore<Operand>;
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = true;
-  // Up to this |q| and |k| a product of two 1 + e^(2q) e^(2k) is finite: below 2^117.
-  static constexpr T kBounded = 10;
+  static constexpr bool kReadsQueries = false;
+  // Up to this |q| + |k| products of kSlopesOfDivision 1 + e^(2q) e^(2k) <= 2^(2 (|q| + |k|) log2 e
+  // + 1) are at most 2^98 in units, and their reciprocals times the unit are normal numbers.
+  static constexpr T kFinite = (T(98) / kSlopesOfDivision + 28 - 1) / (2 * Math<T>::log2e);
   static constexpr std::int64_t kBlockRows = 32;
-  static constexpr std::int64_t kBlockKeys = 64;
+  static constexpr std::int64_t kBlockKeys = 128;
   // e^(2k) and, where that leaves the range, k; the same of q; two sets of each.
   static std::int64_t buffer_size(std::int64_t head_dim) {
-    return 2 * (kBlockKeys + kBlockRows) * padded<T>(head_dim);
+    const std::int64_t width = padded<T>(head_dim);
+    return kBlockKeys * (spread_rows<T>(width) + width) + 2 * kBlockRows * width;
   }
   static std::int64_t query_size(std::int64_t head_dim) { return head_dim; }
 
   AdditiveGradient(const AttentionProblem& p, T* constants, T* spare, T* buffer)
-      : p_(p), score_(p, constants, spare), width_(padded<T>(p.head_dim)) {
+      : p_(p),
+        score_(p, constants, spare),
+        width_(padded<T>(p.head_dim)),
+        key_ld_(spread_rows<T>(width_)) {
     key_ = buffer;
-    raw_key_ = key_ + kBlockKeys * width_;
+    raw_key_ = key_ + kBlockKeys * key_ld_;
     query_ = raw_key_ + kBlockKeys * width_;
     raw_query_ = query_ + kBlockRows * width_;
   }
@@ -379,18 +411,22 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
     score_.pack_keys(key, first, n, panels, bounds);
     pack_across_rows<Operand>(key, first, n, raw_key_);
-    apply_features(raw_key_, n, key_);
-  }
-  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows,
-                    const T* query, std::int64_t query_ld, T* to) {
-    score_.load_queries(b, h, i, rows, to);
-    scaled_query_ = to;
-    for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t r = 0; r < n; ++r) {
       for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
-        store(raw_query_ + r * width_ + d, load(query + r * query_ld + d));
+        const Vec<T> k = load(raw_key_ + r * width_ + d) * load(score_.sign() + d);
+        store(raw_key_ + r * width_ + d, k);
+        store(key_ + r * key_ld_ + d, exp_2x(k));
       }
     }
-    apply_features(raw_query_, rows, query_);
+  }
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows,
+                    const T* /*query*/, std::int64_t /*query_ld*/, T* to) {
+    scaled_query_ = to;
+    score_.load_queries(b, h, i, rows, to,
+                        [&](std::int64_t r, std::int64_t d, Vec<T> q, Vec<T> feature) {
+                          store(raw_query_ + r * width_ + d, q);
+                          store(query_ + r * width_ + d, feature * splat(kSlopeUnit<T>));
+                        });
   }
   void scores(std::int64_t r, std::int64_t rows, const T* panel, T bound, std::int64_t j, T* scores,
               std::int64_t ld) {
@@ -400,19 +436,20 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
   // weight_sums[width]: sum G r. (sum G is the driver's.)
   void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* bounds,
                   double* weight_sums) {
-    T bound = score_.query_bound();
+    const T of_queries = score_.query_bound();
+    T of_keys = 0;
     for (std::int64_t u = 0; u < tile.keys; u += kPanel<T>) {
-      bound = larger(bound, bounds[u / kPanel<T>]);
+      of_keys = larger(of_keys, bounds[u / kPanel<T>]);
     }
-    if (bound <= kBounded) {
-      sweep_tile<kGroupRows>(tile, query_, width_, key_, width_, TanhSlope<T, Join::kBounded>{},
-                             weight_sums);
-    } else if (bound <= Math<T>::max_exponent_argument) {
-      sweep_tile<kGroupRows>(tile, query_, width_, key_, width_, TanhSlope<T, Join::kProduct>{},
-                             weight_sums);
+    if (of_queries + of_keys <= kFinite) {
+      sweep_tile<kGroupRows>(tile, query_, width_, key_, key_ld_, width_,
+                             TanhSlope<T, Features::kFinite>{}, weight_sums);
+    } else if (larger(of_queries, of_keys) <= Math<T>::max_exponent_argument) {
+      sweep_tile<kGroupRows>(tile, query_, width_, key_, key_ld_, width_,
+                             TanhSlope<T, Features::kLimited>{}, weight_sums);
     } else {
-      sweep_tile<kGroupRows>(tile, raw_query_, width_, raw_key_, width_, TanhSlope<T, Join::kSum>{},
-                             weight_sums);
+      sweep_tile<kGroupRows>(tile, raw_query_, width_, raw_key_, width_, width_,
+                             TanhSlope<T, Features::kSum>{}, weight_sums);
     }
   }
 
@@ -424,20 +461,9 @@ class AdditiveGradient : public FinishedScores<typename OperandT::Scalar> {
   }
 
  private:
-  // rows gets the sign of w, features e^(2 rows).
-  void apply_features(T* rows, std::int64_t n, T* features) const {
-    for (std::int64_t r = 0; r < n; ++r) {
-      for (std::int64_t d = 0; d < width_; d += kLanes<T>) {
-        const Vec<T> x = load(rows + r * width_ + d) * load(score_.sign() + d);
-        store(rows + r * width_ + d, x);
-        store(features + r * width_ + d, exp_2x(x));
-      }
-    }
-  }
-
   const AttentionProblem& p_;
   Score score_;
-  std::int64_t width_;
+  std::int64_t width_, key_ld_;
   T *key_, *raw_key_, *query_, *raw_query_;
   T* scaled_query_ = nullptr;
   std::int64_t b_ = 0;

@@ -120,6 +120,15 @@ struct TileRanges {
     }
     return all;
   }
+  // The hull of those that they see; empty: begin >= end.
+  KeyRange seen_by_any(std::int64_t r, std::int64_t rows) const {
+    KeyRange hull = {columns, 0};
+    for (std::int64_t i = r; i < r + rows; ++i) {
+      if (row_is_empty(i)) continue;
+      hull = {smaller(hull.begin, begin[i]), larger(hull.end, end[i])};
+    }
+    return hull;
+  }
   bool group_is_empty(std::int64_t g) const { return group_begin[g] >= group_end[g]; }
   // Whether group g has anything to do in the panel from column u.
   bool touches(std::int64_t g, std::int64_t u) const {

@@ -19,6 +19,9 @@ struct MathConstants<float> {
   static constexpr float max_exponent_argument = 32.f;
   // A product of four numbers up to cap is finite, and 1 / cap is negligible beside 1.
   static constexpr float cap = 3.5e9f;
+  // A product of eight of these is a normal number.
+  static constexpr float unit = 0x1p-15f;
+  static constexpr int unit_exponent = -15;
   // 2^127 log2(e): scores are limited to this in units of log2.
   static constexpr float max_score = 0x1p127f * 1.44269504088896340736f;
 };
@@ -32,6 +35,8 @@ struct MathConstants<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr double max_exponent_argument = 32.0;
   static constexpr double cap = 1e70;
+  static constexpr double unit = 0x1p-127;
+  static constexpr int unit_exponent = -127;
   static constexpr double max_score = 0x1p1023 * 1.44269504088896340736;
 };
 template <typename T>

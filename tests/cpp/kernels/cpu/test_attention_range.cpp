@@ -55,20 +55,26 @@ TEST_CASE("scores that rise far above those of the first keys") {
   // sums of large values overflow before the weights do.
   const double rise = GENERATE(0.5, 0.99, 1.0, 1.01, 1.6, 50.0);
   const double size_of_values = GENERATE(1.0, 1e30);
+  const bool additive = GENERATE(false, true);
   Case c;
   c.name = "rising scores";
   c.dtype = dtype;
+  c.score = additive ? ScoreKind::kAdditive : ScoreKind::kDotProduct;
   c.batch = 1, c.query_length = 40, c.key_length = 700, c.head_dim = 32;
   c.scale = 1.0;
   if (GENERATE(false, true)) c.window_left = 100, c.query_offset = 290;
   Instance instance(c);
   const std::int64_t first = GENERATE(40, 340, 699);  // in the first block of keys, or beyond
-  instance.query.fill([&](auto, auto, auto, auto d) { return d == 0 ? 1.0 : 0.0; });
+  const double height = rise * largest_exponent * std::log(2.0);
+  instance.query.fill([&](auto, auto, auto, auto d) { return d == 0 && !additive ? 1.0 : 0.0; });
   instance.key.fill([&](auto, auto, auto l, auto d) {
+    if (additive) return l < first ? -20.0 : 20.0;  // tanh is -1 and 1
     if (d > 0) return 0.0;
-    return l < first ? 0.125 * static_cast<double>(l % 8)
-                     : rise * largest_exponent * std::log(2.0) + static_cast<double>(l % 3);
+    return l < first ? 0.125 * static_cast<double>(l % 8) : height + static_cast<double>(l % 3);
   });
+  if (additive) {
+    instance.weight.fill([&](auto, auto, auto, auto d) { return d == 0 ? height / 2 : 0.0; });
+  }
   instance.value.fill([&](auto, auto, auto l, auto d) {
     return size_of_values * std::sin(static_cast<double>(7 * l + d));
   });
