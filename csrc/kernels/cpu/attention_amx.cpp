@@ -21,9 +21,10 @@ void attention_forward_amx(const AttentionForward& call, const Parallel& paralle
   if (!done) attention_forward_avx512(call, parallel);
 }
 void attention_backward_amx(const AttentionBackward& call, const Parallel& parallel) {
-  const bool done = amx::with_tiles(call.problem.dtype, [&]<typename Operand>() {
-    return amx::BackwardKernel<amx::DotGradient<Operand>>(call, parallel).run();
-  });
+  const bool done = !amx::has_few_queries(call.problem) &&
+                    amx::with_tiles(call.problem.dtype, [&]<typename Operand>() {
+                      return amx::BackwardKernel<amx::DotGradient<Operand>>(call, parallel).run();
+                    });
   if (!done) attention_backward_avx512(call, parallel);
 }
 

@@ -13,8 +13,7 @@ void attention_forward_avx512bf16(const AttentionForward& call, const Parallel& 
   avx512bf16::forward_of_pairs<avx512bf16::Bfloat16Pairs>(call, parallel);
 }
 void attention_backward_avx512bf16(const AttentionBackward& call, const Parallel& parallel) {
-  avx512bf16::BackwardKernel<avx512bf16::DotGradient<avx512bf16::Bfloat16Pairs>>(call, parallel)
-      .run();
+  avx512bf16::backward_of_pairs<avx512bf16::Bfloat16Pairs>(call, parallel);
 }
 
 }  // namespace torch_selfattn::kernels::cpu

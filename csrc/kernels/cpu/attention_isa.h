@@ -2,6 +2,8 @@
 
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/few_queries.h"
+#include "kernels/cpu/few_queries_additive.h"
+#include "kernels/cpu/few_queries_backward.h"
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/leaky_relu.h"
 
@@ -13,6 +15,8 @@ template <typename T>
 inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
   if (has_few_queries(call.problem)) {
     ForwardKernel<DotScoreInPlace<T>>(call, parallel).run();
+  } else if (has_few_additive_queries(call.problem)) {
+    ForwardKernel<AdditiveScoreInPlace<T>>(call, parallel).run();
   } else if (call.problem.score == ScoreKind::kDotProduct) {
     ForwardKernel<DotScore<Elements<T>>>(call, parallel).run();
   } else if (call.problem.activation == Activation::kTanh) {
@@ -32,6 +36,12 @@ inline void forward_of_pairs(const AttentionForward& call, const Parallel& paral
   }
 }
 
+template <typename Operand>
+inline void backward_of_pairs(const AttentionBackward& call, const Parallel& parallel) {
+  if (backward_of_few_queries<float>(call, parallel)) return;
+  BackwardKernel<DotGradient<Operand>>(call, parallel).run();
+}
+
 inline void forward(const AttentionForward& call, const Parallel& parallel) {
   if (call.problem.compute_in_double()) {
     forward_in<double>(call, parallel);
@@ -42,6 +52,7 @@ inline void forward(const AttentionForward& call, const Parallel& parallel) {
 
 template <typename T>
 inline void backward_in(const AttentionBackward& call, const Parallel& parallel) {
+  if (backward_of_few_queries<T>(call, parallel)) return;
   if (call.problem.score == ScoreKind::kDotProduct) {
     BackwardKernel<DotGradient<Elements<T>>>(call, parallel).run();
   } else if (call.problem.activation == Activation::kTanh) {

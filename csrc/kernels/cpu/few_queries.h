@@ -84,6 +84,57 @@ inline T score_key_in_place(const T* query, const typename Storage<dtype>::type*
   return sum_lanes<T>(sum);
 }
 
+// kRows queries and n keys.
+template <typename T, DType dtype, int kRows, bool kTail>
+inline void score_rows_in_place(const T* queries, std::int64_t query_ld,
+                                const typename Storage<dtype>::type* keys, std::int64_t row_stride,
+                                std::int64_t head_dim, std::int64_t n, T* scores, std::int64_t ld) {
+  constexpr int at_once = smaller(kRows, kLanes<T>);  // a vector of two doubles takes two rows
+  constexpr int kKeys = kLanes<T> / at_once;
+  const std::int64_t whole = n / kKeys * kKeys;
+  for (std::int64_t x = 0; x < whole; x += kKeys) {
+    for (int r = 0; r < kRows; r += at_once) {
+      score_keys_in_place<T, dtype, at_once, kTail>(queries + r * query_ld, query_ld,
+                                                    keys + x * row_stride, row_stride, head_dim,
+                                                    scores + r * ld + x, ld);
+    }
+  }
+  for (std::int64_t x = whole; x < n; ++x) {
+    for (int r = 0; r < kRows; ++r) {
+      scores[r * ld + x] =
+          score_key_in_place<T, dtype>(queries + r * query_ld, keys + x * row_stride, head_dim);
+    }
+  }
+}
+
+// scores[rows][n] = queries (keys j, j + 1, ...)^T, queries padded with zeros.
+template <typename T>
+inline void multiply_in_place(std::int64_t rows, const T* queries, std::int64_t query_ld,
+                              const Rows& keys, std::int64_t j, std::int64_t n, T* scores,
+                              std::int64_t ld) {
+  const auto score = [&]<DType dtype, bool kTail>() {
+    const auto* const from =
+        static_cast<const typename Storage<dtype>::type*>(keys.data) + keys.at(j);
+    std::int64_t r = 0;
+    const auto some = [&]<int kRows>() {
+      score_rows_in_place<T, dtype, kRows, kTail>(queries + r * query_ld, query_ld, from,
+                                                  keys.row_stride, keys.width, n, scores + r * ld,
+                                                  ld);
+      r += kRows;
+    };
+    while (r + 4 <= rows) some.template operator()<4>();
+    if (r + 2 <= rows) some.template operator()<2>();
+    if (r < rows) some.template operator()<1>();
+  };
+  with_widened<T>(keys.dtype, [&]<DType dtype>() {
+    if (keys.width % kLanes<T> == 0) {
+      score.template operator()<dtype, false>();
+    } else {
+      score.template operator()<dtype, true>();
+    }
+  });
+}
+
 // scale q . k against keys where they are.
 template <typename Scalar>
 class DotScoreInPlace : public FinishedScores<Scalar> {
@@ -115,52 +166,11 @@ class DotScoreInPlace : public FinishedScores<Scalar> {
   void scores(const T* queries, std::int64_t r, std::int64_t rows, std::int64_t j, T* scores,
               std::int64_t ld) const {
     const std::int64_t width = query_size(p_.head_dim);
-    const std::int64_t keys = smaller<std::int64_t>(kPanel<T>, p_.key_length - j);
-    queries += r * width;
-    const auto score = [&]<DType dtype, bool kTail>() {
-      const auto* const from =
-          static_cast<const typename Storage<dtype>::type*>(key_.data) + key_.at(j);
-      for (; rows >= 4; rows -= 4, queries += 4 * width, scores += 4 * ld) {
-        score_rows<dtype, 4, kTail>(queries, from, keys, scores, ld);
-      }
-      if (rows >= 2) {
-        score_rows<dtype, 2, kTail>(queries, from, keys, scores, ld);
-        rows -= 2, queries += 2 * width, scores += 2 * ld;
-      }
-      if (rows == 1) score_rows<dtype, 1, kTail>(queries, from, keys, scores, ld);
-    };
-    with_widened<T>(key_.dtype, [&]<DType dtype>() {
-      if (p_.head_dim % kLanes<T> == 0) {
-        score.template operator()<dtype, false>();
-      } else {
-        score.template operator()<dtype, true>();
-      }
-    });
+    multiply_in_place(rows, queries + r * width, width, key_, j,
+                      smaller<std::int64_t>(kPanel<T>, p_.key_length - j), scores, ld);
   }
 
  private:
-  template <DType dtype, int kRows, bool kTail>
-  void score_rows(const T* queries, const typename Storage<dtype>::type* keys, std::int64_t n,
-                  T* scores, std::int64_t ld) const {
-    constexpr int at_once = smaller(kRows, kLanes<T>);  // a vector of two doubles takes two rows
-    constexpr int kKeys = kLanes<T> / at_once;
-    const std::int64_t width = query_size(p_.head_dim);
-    const std::int64_t whole = n / kKeys * kKeys;
-    for (std::int64_t x = 0; x < whole; x += kKeys) {
-      for (int r = 0; r < kRows; r += at_once) {
-        score_keys_in_place<T, dtype, at_once, kTail>(queries + r * width, width,
-                                                      keys + x * key_.row_stride, key_.row_stride,
-                                                      p_.head_dim, scores + r * ld + x, ld);
-      }
-    }
-    for (std::int64_t x = whole; x < n; ++x) {
-      for (int r = 0; r < kRows; ++r) {
-        scores[r * ld + x] = score_key_in_place<T, dtype>(queries + r * width,
-                                                          keys + x * key_.row_stride, p_.head_dim);
-      }
-    }
-  }
-
   const AttentionProblem& p_;
   Rows key_{};
 };

@@ -69,6 +69,7 @@ struct Case {
   double scale = 0.0;                                                        // 0: the default
   double dropout = 0.0;
   bool grad_lse = false;
+  bool constant = false;  // mask and slopes: no gradient is wanted
   bool weight_per_head = false;
   double amplitude = 1.0;  // of queries and keys
   double offset = 0.0;     // added to queries, subtracted from keys
@@ -243,9 +244,10 @@ class Instance {
     backward.grad_value = grad_value.mutable_view();
     const bool additive = c_.score == ScoreKind::kAdditive;
     backward.grad_weight = additive ? grad_weight_.data() : nullptr;
-    const bool float_mask = c_.mask == MaskKind::kFloat;
+    const bool float_mask = c_.mask == MaskKind::kFloat && !c_.constant;
+    const bool slopes = c_.slopes && !c_.constant;
     backward.grad_mask = float_mask ? grad_mask_.data() : nullptr;
-    backward.grad_slopes = c_.slopes ? grad_slopes_.data() : nullptr;
+    backward.grad_slopes = slopes ? grad_slopes_.data() : nullptr;
     implementation.backward(backward, parallel);
 
     Results results;
@@ -256,7 +258,7 @@ class Instance {
     results.lse = numbers(lse_dtype(), lse_);
     if (additive) results.grad_weight = numbers(c_.dtype, grad_weight_);
     if (float_mask) results.grad_mask = numbers(c_.mask_dtype, grad_mask_);
-    if (c_.slopes) results.grad_slopes = numbers(problem.slopes_dtype, grad_slopes_);
+    if (slopes) results.grad_slopes = numbers(problem.slopes_dtype, grad_slopes_);
     return results;
   }
 
