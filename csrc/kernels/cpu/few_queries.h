@@ -115,16 +115,15 @@ inline void multiply_in_place(std::int64_t rows, const T* queries, std::int64_t 
   const auto score = [&]<DType dtype, bool kTail>() {
     const auto* const from =
         static_cast<const typename Storage<dtype>::type*>(keys.data) + keys.at(j);
-    std::int64_t r = 0;
-    const auto some = [&]<int kRows>() {
+    const auto some = [&]<int kRows>(std::int64_t r) {
       score_rows_in_place<T, dtype, kRows, kTail>(queries + r * query_ld, query_ld, from,
                                                   keys.row_stride, keys.width, n, scores + r * ld,
                                                   ld);
-      r += kRows;
     };
-    while (r + 4 <= rows) some.template operator()<4>();
-    if (r + 2 <= rows) some.template operator()<2>();
-    if (r < rows) some.template operator()<1>();
+    std::int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) some.template operator()<4>(r);
+    if (r + 2 <= rows) some.template operator()<2>(r), r += 2;
+    if (r < rows) some.template operator()<1>(r);
   };
   with_widened<T>(keys.dtype, [&]<DType dtype>() {
     if (keys.width % kLanes<T> == 0) {
