@@ -117,7 +117,7 @@ def of(
     elif p.op == "dot" and p.query_length >= 1024 and dtype == torch.float32:
         found += _products(p.query_length, p.head_dim)
         found += _loop("fma", "fma/s", isas[0], threads)
-    elif p.op == "additive" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+    elif p.op == "additive" and p.query_length > 1 and dtype != torch.float64:
         for isa in dict.fromkeys(isas):
             found += _loop(_additive(backward), "element/s", isa, threads)
     return found

@@ -182,10 +182,12 @@ SETS: dict[str, list[Problem]] = {
         Problem("dot", 1, 8, 128, 1024, 64),
         *(Problem("dot", 1, heads, 1, 4096, 64) for heads in (8, 32)),
     ],
-    # The additive score: time against length, decoding steps, and two small ones of models.
+    # The additive score: time against length, decoding steps, also of a recurrent decoder, and two
+    # small ones of models.
     "additive": [
         *(_square("additive", 8, length, d) for length in (128, 512, 2048) for d in (16, 64, 128)),
         *(Problem("additive", 1, 8, 1, 2048, d) for d in (16, 64, 128)),
+        Problem("additive", 64, 1, 1, 64, 512),
         Problem("additive", 32, 4, 32, 32, 24),
         Problem("additive", 64, 1, 12, 16, 96),
     ],
