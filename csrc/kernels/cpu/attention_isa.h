@@ -15,7 +15,7 @@ template <typename T>
 inline void forward_in(const AttentionForward& call, const Parallel& parallel) {
   if (has_few_queries(call.problem)) {
     ForwardKernel<DotScoreInPlace<T>>(call, parallel).run();
-  } else if (has_few_additive_queries(call.problem)) {
+  } else if (has_few_additive_queries<T>(call.problem)) {
     ForwardKernel<AdditiveScoreInPlace<T>>(call, parallel).run();
   } else if (call.problem.score == ScoreKind::kDotProduct) {
     ForwardKernel<DotScore<Elements<T>>>(call, parallel).run();

@@ -807,11 +807,11 @@ class BackwardKernel {
                        std::int64_t stride) const {
     for (std::int64_t gb = 0; gb < size[0]; ++gb) {
       for (std::int64_t gh = 0; gh < size[1]; ++gh) {
+        const KeyRange batches = size[0] > 1 ? KeyRange{gb, gb + 1} : KeyRange{0, p_.batch};
+        const KeyRange heads = size[1] > 1 ? KeyRange{gh, gh + 1} : KeyRange{0, p_.heads};
         double sum = 0.0;
-        for (std::int64_t b = 0; b < p_.batch; ++b) {
-          if (size[0] > 1 && b != gb) continue;
-          for (std::int64_t h = 0; h < p_.heads; ++h) {
-            if (size[1] > 1 && h != gh) continue;
+        for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+          for (std::int64_t h = heads.begin; h < heads.end; ++h) {
             for (std::int64_t group = 0; group < groups_; ++group) {
               sum += sums[((b * p_.heads + h) * groups_ + group) * step];
             }

@@ -10,17 +10,16 @@
 // Bound: about twenty operations for an element of a vector of pairs.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-// Rows, queries of all heads that read a key head, that gain from this: e^(2(q + k)) is made for
-// each of them, e^(2k) once.
-constexpr std::int64_t kFewAdditiveRows = 2;
+constexpr int kKeysOfDivision = 4;
 
+// One row only, of all heads that read a key head: e^(2(q + k)) is made for each, e^(2k) once. Very
+// narrow heads and vectors of fewer lanes than keys share a division gain nothing.
+template <typename T>
 inline bool has_few_additive_queries(const AttentionProblem& p) {
   return p.score == ScoreKind::kAdditive && p.activation == Activation::kTanh && p.kv_heads > 0 &&
-         p.group_size() * p.query_length <= kFewAdditiveRows && p.key.stride[3] == 1 &&
-         p.value.stride[3] == 1;
+         p.group_size() * p.query_length == 1 && p.key.stride[3] == 1 && p.value.stride[3] == 1 &&
+         p.head_dim >= 8 && kLanes<T> >= kKeysOfDivision;
 }
-
-constexpr int kKeysOfDivision = 4;
 
 // -tanh(q + k) / 2 = 1 / (1 + e^(2(q + k))) - 1/2 for four keys. Beyond +-10 (20 in double) tanh is
 // +-1, and four such denominators have a finite product.
@@ -46,15 +45,16 @@ TSA_INLINE void half_tanh(Vec<T> q, const Vec<T> (&k)[kKeysOfDivision],
   h[3] = fma(x[2], of_23, half);
 }
 
-// Four of the n keys from `keys`: the x-th and the next ones, the last one again behind it.
+// Four keys from the x-th on. Where these are not among `valid`, the next one that is takes their
+// place: what is behind a sample's length may be NaN, and would spoil those beside it.
 template <typename T, DType dtype>
 struct FourKeys {
   const typename Storage<dtype>::type* key[kKeysOfDivision];
 
   FourKeys(const typename Storage<dtype>::type* keys, std::int64_t row_stride, std::int64_t x,
-           std::int64_t n) {
+           KeyRange valid) {
     for (int y = 0; y < kKeysOfDivision; ++y) {
-      key[y] = keys + smaller<std::int64_t>(x + y, n - 1) * row_stride;
+      key[y] = keys + smaller(larger(x + y, valid.begin), valid.end - 1) * row_stride;
     }
   }
   // Elements from d, zeros behind the head dim.
@@ -71,16 +71,16 @@ struct FourKeys {
   }
 };
 
-// scores[n] of a query and n <= kLanes keys. query: [width] elements, then their weights; zeros
-// behind head_dim.
+// scores[n] of a query and n <= kLanes keys, of which `valid` are wanted. query: [width] elements,
+// then their weights; zeros behind head_dim.
 template <typename T, DType dtype>
 [[gnu::noinline]] void additive_scores_in_place(
     const T* __restrict query, std::int64_t width,
     const typename Storage<dtype>::type* __restrict keys, std::int64_t row_stride,
-    std::int64_t head_dim, std::int64_t n, T* __restrict scores) {
+    std::int64_t head_dim, std::int64_t n, KeyRange valid, T* __restrict scores) {
   Vec<T> sums[kLanes<T>] = {};
   for (std::int64_t x = 0; x < n; x += kKeysOfDivision) {
-    const FourKeys<T, dtype> four(keys, row_stride, x, n);
+    const FourKeys<T, dtype> four(keys, row_stride, x, valid);
     Vec<T> sum[kKeysOfDivision] = {};
     for (std::int64_t d = 0; d < width; d += kLanes<T>) {
       Vec<T> k[kKeysOfDivision], h[kKeysOfDivision];
@@ -92,7 +92,7 @@ template <typename T, DType dtype>
     }
     for (int y = 0; y < smaller(kKeysOfDivision, kLanes<T>); ++y) sums[x + y] = sum[y];
   }
-  store_up_to(scores, sums_of_lanes<T>(sums), n);
+  store_up_to(scores, limited_score<T>(sums_of_lanes<T>(sums)), n);
 }
 
 // scale sum_d w_d tanh(q_d + k_d) against keys where they are.
@@ -114,6 +114,7 @@ class AdditiveScoreInPlace : public FinishedScores<Scalar> {
   bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   void set_head(std::int64_t b, std::int64_t h) {
     key_ = rows_of(p_.dtype, p_.key, b, h / p_.group_size(), p_.head_dim);
+    valid_ = key_range(p_, b);
   }
   // What half_tanh is multiplied by: -2 scale log2 e w.
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
@@ -134,6 +135,7 @@ class AdditiveScoreInPlace : public FinishedScores<Scalar> {
               std::int64_t ld) const {
     const std::int64_t width = padded<T>(p_.head_dim);
     const std::int64_t keys = smaller<std::int64_t>(kPanel<T>, p_.key_length - j);
+    if (larger(valid_.begin, j) >= smaller(valid_.end, j + keys)) return;  // nobody sees these
     queries += r * query_size(p_.head_dim);
     with_widened<T>(key_.dtype, [&]<DType dtype>() {
       const auto* const from =
@@ -142,7 +144,8 @@ class AdditiveScoreInPlace : public FinishedScores<Scalar> {
         for (std::int64_t x = 0; x < keys; x += kLanes<T>) {
           additive_scores_in_place<T, dtype>(
               queries, width, from + x * key_.row_stride, key_.row_stride, p_.head_dim,
-              smaller<std::int64_t>(kLanes<T>, keys - x), scores + x);
+              smaller<std::int64_t>(kLanes<T>, keys - x),
+              {valid_.begin - j - x, valid_.end - j - x}, scores + x);
         }
       }
     });
@@ -151,6 +154,7 @@ class AdditiveScoreInPlace : public FinishedScores<Scalar> {
  private:
   const AttentionProblem& p_;
   Rows key_{};
+  KeyRange valid_{};  // of the sample
 };
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

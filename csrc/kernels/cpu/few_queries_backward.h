@@ -16,9 +16,9 @@
 //
 // If a result of a task is not finite, the task is run again, and what is multiplied by 0 is left
 // out. It gives up, and BackwardKernel does everything from the start, where a gradient of a mask
-// or of slopes is wanted, a log-sum-exp is too coarse for its exponential, or a result is still not
-// finite.
-// Bound: memory bandwidth (dot product), the arithmetic of few_queries_additive.h (additive).
+// that batches, heads or keys share is wanted, a log-sum-exp is too coarse for its exponential, or
+// a result is still not finite. Bound: memory bandwidth (dot product), the arithmetic of
+// few_queries_additive.h (additive).
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 // What a score adds to gradients, by rows of a block: sums[rows][size] of each row, of which dq and
@@ -32,9 +32,9 @@ struct DotSlopes {
 
   // store(x, row, factor): dk of the key j + x.
   template <typename Store>
-  static void add(const AttentionProblem& p, const Rows& key, Zeros zeros, std::int64_t rows,
-                  const T* queries, const T* g, std::int64_t ld, std::int64_t j, std::int64_t n,
-                  T* sums, T* buffer, const Store& store_key) {
+  static void add(const AttentionProblem& p, const Rows& key, KeyRange /*valid*/, Zeros zeros,
+                  std::int64_t rows, const T* queries, const T* g, std::int64_t ld, std::int64_t j,
+                  std::int64_t n, T* sums, T* buffer, const Store& store_key) {
     const std::int64_t width = padded<T>(p.head_dim);
     add_weighted_values(zeros, rows, g, ld, key, j, n, sums, width);
     for (std::int64_t x = 0; x < n; ++x) {
@@ -59,10 +59,6 @@ struct DotSlopes {
     const T factor = static_cast<T>(p.scale);
     for (std::int64_t d = 0; d < padded<T>(p.head_dim); ++d) sums[d] *= factor;
   }
-  static double weight_gradient(const AttentionProblem& /*p*/, const T* /*sums*/,
-                                std::int64_t /*d*/) {
-    return 0.0;
-  }
 };
 
 // With h = -tanh / 2 the slope of tanh is 4 (1/4 - h^2): sums are those of G (1/4 - h^2), then of
@@ -74,15 +70,15 @@ struct AdditiveSlopes {
   static std::int64_t size(std::int64_t head_dim) { return 2 * padded<T>(head_dim); }
 
   template <typename Store>
-  static void add(const AttentionProblem& p, const Rows& key, Zeros zeros, std::int64_t rows,
-                  const T* queries, const T* g, std::int64_t ld, std::int64_t j, std::int64_t n,
-                  T* sums, T* buffer, const Store& store_key) {
+  static void add(const AttentionProblem& p, const Rows& key, KeyRange valid, Zeros zeros,
+                  std::int64_t rows, const T* queries, const T* g, std::int64_t ld, std::int64_t j,
+                  std::int64_t n, T* sums, T* buffer, const Store& store_key) {
     const std::int64_t width = padded<T>(p.head_dim);
     with_widened<T>(key.dtype, [&]<DType dtype>() {
       const auto* const keys =
           static_cast<const typename Storage<dtype>::type*>(key.data) + key.at(j);
       for (std::int64_t x = 0; x < n; x += kKeysOfDivision) {
-        const FourKeys<T, dtype> four(keys, key.row_stride, x, n);
+        const FourKeys<T, dtype> four(keys, key.row_stride, x, {valid.begin - j, valid.end - j});
         if (zeros == Zeros::kMultiply) {
           add_four<dtype, Zeros::kMultiply>(four, p.head_dim, rows, queries, g + x, ld, sums,
                                             buffer);
@@ -101,9 +97,13 @@ struct AdditiveSlopes {
     const T* const weight = query + width;
     for (std::int64_t d = 0; d < width; ++d) sums[d] *= weight[d] * T(-2.0 * Math<double>::ln2);
   }
-  static double weight_gradient(const AttentionProblem& p, const T* sums, std::int64_t d) {
-    return -2.0 * p.scale * static_cast<double>(sums[padded<T>(p.head_dim) + d]);
+  // Moves the sums of G h of a row to double, of which few are added up in T then.
+  static void take_weight_sums(const AttentionProblem& p, T* sums, double* to) {
+    const std::int64_t width = padded<T>(p.head_dim);
+    for (std::int64_t d = 0; d < width; ++d) to[d] += static_cast<double>(sums[width + d]);
+    fill_zero(sums + width, width);
   }
+  static double factor_of_weight(const AttentionProblem& p) { return -2.0 * p.scale; }
 
  private:
   // buffer: what four keys have of dk.
@@ -156,7 +156,7 @@ class FewQueriesBackward {
 
   // False: nothing is done, or what is done is worth nothing.
   bool run() {
-    if (call_.grad_mask != nullptr || call_.grad_slopes != nullptr) return false;
+    if (call_.grad_mask != nullptr && !has_element_per_pair()) return false;
     rows_ = p_.group_size() * p_.query_length;
     const std::int64_t units = p_.batch * p_.kv_heads;
     if (units * rows_ == 0 || p_.key_length == 0) return false;
@@ -174,15 +174,31 @@ class FewQueriesBackward {
 
     parallel_.run(units * shares_, [&](std::int64_t t, int thread) {
       if (given_up()) return;
-      Task task{*this, Buffers(*this, Carver(base_ + threads_ + thread * thread_bytes_)),
-                t / shares_ / p_.kv_heads, t / shares_ % p_.kv_heads, t % shares_};
+      Task task{*this, buffers(thread), t / shares_ / p_.kv_heads, t / shares_ % p_.kv_heads,
+                t % shares_};
       if (!task.run(Zeros::kMultiply) && !task.run(Zeros::kSkip)) give_up();
     });
     if (given_up()) return false;
-    Vec<T> check{};
-    for (std::int64_t unit = 0; unit < units; ++unit) check += finish_queries(unit);
-    if (sum_lanes<T>(check) != T(0)) return false;
-    if (call_.grad_weight != nullptr) finish_weight();
+    parallel_.run(units, [&](std::int64_t unit, int thread) {
+      if (!finish_queries(unit, buffers(thread).queries)) give_up();
+    });
+    if (given_up()) return false;
+    if constexpr (Slopes::kHasWeight) {
+      if (call_.grad_weight != nullptr) {
+        const std::int64_t chunks = (p_.head_dim + kChunk - 1) / kChunk;
+        parallel_.run(chunks, [&](std::int64_t chunk, int) {
+          for (std::int64_t d = chunk * kChunk; d < smaller((chunk + 1) * kChunk, p_.head_dim);
+               ++d) {
+            reduce_per_head(weight_sums_ + d, padded<T>(p_.head_dim), Slopes::factor_of_weight(p_),
+                            p_.weight_size, p_.dtype, call_.grad_weight, d, p_.head_dim);
+          }
+        });
+      }
+    }
+    if (call_.grad_slopes != nullptr) {
+      reduce_per_head(slope_sums_, 1, 1.0, p_.slopes_size, p_.slopes_dtype, call_.grad_slopes, 0,
+                      1);
+    }
     return true;
   }
 
@@ -190,11 +206,9 @@ class FewQueriesBackward {
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastKeys = 256;  // of a task, if there is more than one
   static constexpr std::int64_t kBlock = 64;       // keys
+  static constexpr std::int64_t kChunk = 16;       // elements of the weight that a task finishes
   static_assert(kBlock % kPanel<T> == 0);
 
-  struct Range {
-    std::int64_t begin, end;
-  };
   struct Buffers {
     Buffers(const FewQueriesBackward& k, Carver carver) {
       const AttentionProblem& p = k.p_;
@@ -206,27 +220,36 @@ class FewQueriesBackward {
       row = carver.take<T>(larger(kKeysOfDivision * padded<T>(p.head_dim), padded<T>(p.value_dim)));
       lse = carver.take<T>(k.rows_);
       delta = carver.take<T>(k.rows_);
-      ranges = carver.take<Range>(k.rows_);
+      ranges = carver.take<KeyRange>(k.rows_);
       bytes = carver.used();
     }
     T *queries, *grad_out, *weights, *grads, *factors, *row, *lse, *delta;
-    Range* ranges;
+    KeyRange* ranges;
     std::int64_t bytes;
   };
   static constexpr std::int64_t kLd = kBlock + kLanes<T>;
 
   void carve(Carver& carver) {
     const std::int64_t units = p_.batch * p_.kv_heads;
-    sums_ = carver.take<T>(units * shares_ * rows_ * Slopes::size(p_.head_dim));
-    queries_ = carver.take<T>(rows_ * Score::query_size(p_.head_dim));
-    if (call_.grad_weight != nullptr) {
-      grad_weight_ = carver.take<double>(p_.weight_size[0] * p_.weight_size[1] * p_.head_dim);
-    }
+    const std::int64_t rows = units * shares_ * rows_;
+    sums_ = carver.take<T>(rows * Slopes::size(p_.head_dim));
+    if (Slopes::kHasWeight) weight_sums_ = carver.take<double>(rows * padded<T>(p_.head_dim));
+    if (call_.grad_slopes != nullptr) slope_sums_ = carver.take<double>(rows);
     threads_ = carver.used();
     base_ = carver.base();
     thread_bytes_ = Buffers(*this, Carver()).bytes;
     const std::int64_t threads = larger(parallel_.threads, 1);
     carver.take<char>(thread_bytes_ * smaller<std::int64_t>(threads, units * shares_));
+  }
+
+  Buffers buffers(int thread) const {
+    return Buffers(*this, Carver(base_ + threads_ + thread * thread_bytes_));
+  }
+
+  // Whether the mask's gradient is G.
+  bool has_element_per_pair() const {
+    return p_.mask_size[0] == p_.batch && p_.mask_size[1] == p_.heads &&
+           p_.mask_size[2] == p_.query_length && p_.mask_size[3] == p_.key_length;
   }
 
   void give_up() { __atomic_store_n(&given_up_, true, __ATOMIC_RELAXED); }
@@ -237,8 +260,12 @@ class FewQueriesBackward {
     return hk * p_.group_size() + r / p_.query_length;
   }
   std::int64_t query(std::int64_t r) const { return r % p_.query_length; }
+  // Where something of a row's part is.
+  std::int64_t part(std::int64_t unit, std::int64_t share, std::int64_t r) const {
+    return (unit * shares_ + share) * rows_ + r;
+  }
   T* sums_of(std::int64_t unit, std::int64_t share, std::int64_t r) const {
-    return sums_ + ((unit * shares_ + share) * rows_ + r) * Slopes::size(p_.head_dim);
+    return sums_ + part(unit, share, r) * Slopes::size(p_.head_dim);
   }
   void load_queries(Score& score, std::int64_t b, std::int64_t hk, T* to) const {
     score.set_head(b, hk * p_.group_size());
@@ -254,23 +281,29 @@ class FewQueriesBackward {
     std::int64_t b, hk, share;
     Zeros zeros = Zeros::kMultiply;
     Vec<T> check{};
+    KeyRange valid{};  // keys of the sample
 
     bool run(Zeros how) {
       const AttentionProblem& p = k.p_;
       zeros = how;
       check = Vec<T>{};
+      valid = key_range(p, b);
       Score score(p, nullptr, nullptr);
       k.load_queries(score, b, hk, buffer.queries);
       const KeyRange keys = {share * k.share_, smaller((share + 1) * k.share_, p.key_length)};
       KeyRange all = {keys.end, keys.begin};
       for (std::int64_t r = 0; r < k.rows_; ++r) {
         if (!load_row_of(r, keys)) return false;
-        const Range& range = buffer.ranges[r];
+        const KeyRange range = buffer.ranges[r];
         if (range.begin >= range.end) continue;
         all = {smaller(all.begin, range.begin), larger(all.end, range.end)};
       }
+      const std::int64_t part = k.part(b * p.kv_heads + hk, share, 0);
       T* const sums = k.sums_of(b * p.kv_heads + hk, share, 0);
+      const std::int64_t width = padded<T>(p.head_dim);
       fill_zero(sums, k.rows_ * Slopes::size(p.head_dim));
+      if (Slopes::kHasWeight) fill_zero(k.weight_sums_ + part * width, k.rows_ * width);
+      if (k.slope_sums_ != nullptr) fill_zero(k.slope_sums_ + part, k.rows_);
       for (std::int64_t first = keys.begin; first < keys.end; first += kBlock) {
         const std::int64_t n = smaller(kBlock, keys.end - first);
         if (first + n <= all.begin || first >= all.end) {
@@ -279,8 +312,22 @@ class FewQueriesBackward {
             store_row_of(k.call_.grad_key, p.head_dim, first + x, buffer.row, T(1));
             store_row_of(k.call_.grad_value, p.value_dim, first + x, buffer.row, T(1));
           }
+          fill_zero(buffer.grads, k.rows_ * kLd);
+          for (std::int64_t r = 0; r < k.rows_; ++r) store_mask_gradient(r, first, n);
         } else if (!run_block(score, first, n, sums)) {
           return false;
+        }
+        if constexpr (Slopes::kHasWeight) {
+          for (std::int64_t r = 0; r < k.rows_; ++r) {
+            Slopes::take_weight_sums(p, sums + r * Slopes::size(p.head_dim),
+                                     k.weight_sums_ + (part + r) * width);
+          }
+        }
+      }
+      if constexpr (Slopes::kHasWeight) {
+        for (std::int64_t n = 0; n < k.rows_ * width; ++n) {
+          const double sum = k.weight_sums_[part * width + n];
+          check += splat(static_cast<T>(sum - sum));
         }
       }
       for (std::int64_t d = 0; d < k.rows_ * Slopes::size(p.head_dim); d += kLanes<T>) {
@@ -339,8 +386,8 @@ class FewQueriesBackward {
                                kLd, value_width, buffer.row);
         store_row_of(k.call_.grad_value, p.value_dim, first + x, buffer.row, T(1));
       }
-      Slopes::add(p, rows_of(p.dtype, p.key, b, hk, p.head_dim), zeros, k.rows_, buffer.queries,
-                  buffer.grads, kLd, first, n, sums, buffer.row,
+      Slopes::add(p, rows_of(p.dtype, p.key, b, hk, p.head_dim), valid, zeros, k.rows_,
+                  buffer.queries, buffer.grads, kLd, first, n, sums, buffer.row,
                   [&](std::int64_t x, const T* row, T factor) {
                     store_row_of(k.call_.grad_key, p.head_dim, first + x, row, factor);
                   });
@@ -355,15 +402,15 @@ class FewQueriesBackward {
       const std::int64_t i = k.query(r);
       T* const weights = buffer.weights + r * kLd;
       T* const grads = buffer.grads + r * kLd;
-      const Range& range = buffer.ranges[r];
+      const KeyRange range = buffer.ranges[r];
       const std::int64_t begin = smaller(larger<std::int64_t>(range.begin - first, 0), n);
       const std::int64_t end = larger(smaller(range.end - first, n), begin);
       T* const w = weights + begin;
       T* const x = grads + begin;
       const std::int64_t count = end - begin;
       const bool masked = p.mask_kind != MaskKind::kNone;
+      const Alibi<T> alibi(p, b, h);
       if (count > 0) {
-        const Alibi<T> alibi(p, b, h);
         if (alibi.active) alibi.add(i, first + begin, count, zeros, w);
         if (masked) add_mask_row(p, b, h, i, first + begin, count, zeros, w);
         if (p.dropout_p > 0.0) {
@@ -394,9 +441,21 @@ class FewQueriesBackward {
       fill_zero(grads, begin);
       fill_zero(weights + end, kLd - end);
       fill_zero(grads + end, kLd - end);
+      store_mask_gradient(r, first, n);
+      if (k.slope_sums_ != nullptr && count > 0) {
+        k.slope_sums_[k.part(b * p.kv_heads + hk, share, r)] -=
+            static_cast<double>(alibi.sum_distances(i, first + begin, count, x));
+      }
       return masked || !any_lane<T>(overflowed);
     }
 
+    void store_mask_gradient(std::int64_t r, std::int64_t first, std::int64_t n) const {
+      if (k.call_.grad_mask == nullptr) return;
+      const AttentionProblem& p = k.p_;
+      const std::int64_t row = (b * p.heads + k.head(hk, r)) * p.query_length + k.query(r);
+      store_row(p.mask_dtype, k.call_.grad_mask, row * p.key_length + first, 1, n,
+                buffer.grads + r * kLd);
+    }
     void store_row_of(const View& view, std::int64_t width, std::int64_t j, const T* row,
                       T factor) {
       check += store_scaled_row(k.p_.dtype, view.data,
@@ -405,50 +464,55 @@ class FewQueriesBackward {
     }
   };
 
-  // The parts of a unit's rows are added in their order, to the first; dq is written. NaN in some
-  // lane if a sum is not finite.
-  Vec<T> finish_queries(std::int64_t unit) {
+  // dq of a unit's rows, whose parts are added in their order. False: a sum is not finite.
+  bool finish_queries(std::int64_t unit, T* queries) {
     const std::int64_t b = unit / p_.kv_heads;
     const std::int64_t hk = unit % p_.kv_heads;
-    const std::int64_t size = Slopes::size(p_.head_dim);
+    const std::int64_t width = padded<T>(p_.head_dim);
     Score score(p_, nullptr, nullptr);
-    load_queries(score, b, hk, queries_);
+    load_queries(score, b, hk, queries);
     Vec<T> check{};
     for (std::int64_t r = 0; r < rows_; ++r) {
       T* const sums = sums_of(unit, 0, r);
-      for (std::int64_t d = 0; d < size; d += kLanes<T>) {
+      for (std::int64_t d = 0; d < width; d += kLanes<T>) {
         Vec<T> sum = load(sums + d);
         for (std::int64_t s = 1; s < shares_; ++s) sum += load(sums_of(unit, s, r) + d);
         store(sums + d, sum);
-        check += sum - sum;
       }
-      Slopes::finish(p_, queries_ + r * Score::query_size(p_.head_dim), sums);
+      Slopes::finish(p_, queries + r * Score::query_size(p_.head_dim), sums);
       const View& view = call_.grad_query;
       check += store_scaled_row(
           p_.dtype, view.data,
           b * view.stride[0] + head(hk, r) * view.stride[1] + query(r) * view.stride[2],
           view.stride[3], p_.head_dim, sums, T(1));
     }
-    return check;
+    return sum_lanes<T>(check) == T(0);
   }
 
-  // The gradient of the weight, which batches and heads may share.
-  void finish_weight() const {
-    const std::int64_t size = p_.weight_size[0] * p_.weight_size[1] * p_.head_dim;
-    for (std::int64_t n = 0; n < size; ++n) grad_weight_[n] = 0.0;
-    for (std::int64_t unit = 0; unit < p_.batch * p_.kv_heads; ++unit) {
-      for (std::int64_t r = 0; r < rows_; ++r) {
-        const std::int64_t gb = p_.weight_size[0] > 1 ? unit / p_.kv_heads : 0;
-        const std::int64_t gh = p_.weight_size[1] > 1 ? head(unit % p_.kv_heads, r) : 0;
-        double* const sum = grad_weight_ + (gb * p_.weight_size[1] + gh) * p_.head_dim;
-        for (std::int64_t d = 0; d < p_.head_dim; ++d) {
-          sum[d] += Slopes::weight_gradient(p_, sums_of(unit, 0, r), d);
+  static KeyRange one(std::int64_t n) { return {n, n + 1}; }
+
+  // A gradient of (B or 1, H or 1) numbers, element n of which lies at offset + n stride, from the
+  // parts sums[unit][share][row], `step` apart.
+  void reduce_per_head(const double* sums, std::int64_t step, double factor,
+                       const std::int64_t (&size)[2], DType dtype, void* gradient,
+                       std::int64_t offset, std::int64_t stride) const {
+    for (std::int64_t n = 0; n < size[0] * size[1]; ++n) {
+      const KeyRange batches = size[0] > 1 ? one(n / size[1]) : KeyRange{0, p_.batch};
+      const KeyRange heads = size[1] > 1 ? one(n % size[1]) : KeyRange{0, p_.heads};
+      double sum = 0.0;
+      for (std::int64_t b = batches.begin; b < batches.end; ++b) {
+        for (std::int64_t h = heads.begin; h < heads.end; ++h) {
+          const std::int64_t unit = b * p_.kv_heads + h / p_.group_size();
+          const std::int64_t first = h % p_.group_size() * p_.query_length;
+          for (std::int64_t share = 0; share < shares_; ++share) {
+            for (std::int64_t r = first; r < first + p_.query_length; ++r) {
+              sum += sums[part(unit, share, r) * step];
+            }
+          }
         }
       }
-    }
-    for (std::int64_t n = 0; n < size; ++n) {
-      const T value = static_cast<T>(grad_weight_[n]);
-      store_row(p_.dtype, call_.grad_weight, n, 1, 1, &value);
+      const T value = static_cast<T>(factor * sum);
+      store_row(dtype, gradient, offset + n * stride, 1, 1, &value);
     }
   }
 
@@ -461,20 +525,22 @@ class FewQueriesBackward {
   std::int64_t shares_ = 1, share_ = 0;  // of its keys; keys of one
   bool given_up_ = false;
 
-  T* sums_ = nullptr;     // [unit][share][row][Slopes::size()]
-  T* queries_ = nullptr;  // of the unit that is finished
-  double* grad_weight_ = nullptr;
+  T* sums_ = nullptr;              // [unit][share][row][Slopes::size()]
+  double* weight_sums_ = nullptr;  // [unit][share][row][element]: sums of G h
+  double* slope_sums_ = nullptr;   // [unit][share][row]; null: not wanted
   char* base_ = nullptr;
   std::int64_t threads_ = 0, thread_bytes_ = 0;
 };
 
-// Whether backward was done so.
+// Whether backward was done so. Several rows of narrow heads gain from the register tile.
 template <typename T>
 inline bool backward_of_few_queries(const AttentionBackward& call, const Parallel& parallel) {
-  if (has_few_queries(call.problem)) {
-    return FewQueriesBackward<DotSlopes<T>>(call, parallel).run();
+  const AttentionProblem& p = call.problem;
+  if (has_few_queries(p)) {
+    const bool gains = p.group_size() * p.query_length <= 2 || p.head_dim >= 32;
+    return gains && FewQueriesBackward<DotSlopes<T>>(call, parallel).run();
   }
-  return has_few_additive_queries(call.problem) &&
+  return has_few_additive_queries<T>(p) &&
          FewQueriesBackward<AdditiveSlopes<T>>(call, parallel).run();
 }
 

@@ -48,6 +48,13 @@ template <typename T>
   }
 }
 
+// Scores in units of log2 do not exceed this.
+template <typename T>
+TSA_INLINE Vec<T> limited_score(Vec<T> score) {
+  constexpr T most = Math<T>::max_score;
+  return at_least(splat(-most), at_most(splat(most), score));
+}
+
 // Queries of a register tile of additive scores.
 constexpr int kScoreRows = 4;
 
@@ -287,7 +294,7 @@ template <typename T, int kRows, Join join>
       tile.sum[i] += T(1) / x - splat(half[d]);
     }
   }
-  for (int i = 0; i < kRows; ++i) store(scores + i * ld, tile.sum[i] * splat(k2));
+  for (int i = 0; i < kRows; ++i) store(scores + i * ld, limited_score<T>(tile.sum[i] * splat(k2)));
 }
 
 template <typename OperandT>

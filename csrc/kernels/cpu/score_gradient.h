@@ -332,8 +332,8 @@ inline void sweep_tile(const GradientTile<T>& tile, const T* query, std::int64_t
   static_assert(kGroupRows % kScoreRows == 0);
   const TileRanges<T>& ranges = *tile.ranges;
   for (std::int64_t d = 0; d < width; d += kLanes<T>) {
-    Vec<T> sum{};
     for (std::int64_t r = 0; r < tile.rows; r += kScoreRows) {
+      Vec<T> sum{};
       const std::int64_t rows = smaller<std::int64_t>(kScoreRows, tile.rows - r);
       const KeyRange seen = ranges.seen_by_any(r, rows);
       const std::int64_t g = r / kGroupRows;
@@ -357,8 +357,8 @@ inline void sweep_tile(const GradientTile<T>& tile, const T* query, std::int64_t
         }
         sum += of_rows;
       }
+      for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
     }
-    for (int lane = 0; lane < kLanes<T>; ++lane) weight_sums[d + lane] += sum[lane];
   }
 }
 
