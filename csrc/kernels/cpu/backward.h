@@ -4,6 +4,7 @@
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/backward_rows.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/mask_gradient.h"
 #include "kernels/cpu/plain_tile.h"
@@ -258,24 +259,12 @@ class BackwardKernel {
   // delta, and lse in log2, of rows [begin, end).
   void prepare(std::int64_t b, std::int64_t h, std::int64_t begin, std::int64_t end) const {
     const std::int64_t row0 = first_row(b, h);
-    const Rows out = rows_of(p_.dtype, call_.out, b, h, p_.value_dim);
-    const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     for (std::int64_t i = begin; i < end; ++i) {
-      Vec<T> sum{};
-      for (std::int64_t d = 0; d < p_.value_dim; d += kLanes<T>) {
-        const std::int64_t n = smaller<std::int64_t>(kLanes<T>, p_.value_dim - d);
-        sum =
-            fma(load_elements_of_row<T>(out, i, d, n), load_elements_of_row<T>(grad, i, d, n), sum);
-      }
-      T delta = sum_lanes<T>(sum);
-      if (call_.grad_lse != nullptr) delta -= static_cast<const T*>(call_.grad_lse)[row0 + i];
       const T lse = static_cast<const T*>(call_.lse)[row0 + i];
-      delta_[row0 + i] = delta;
+      delta_[row0 + i] = delta_of_row<T>(call_, b, h, i);
       lse_[row0 + i] = lse * Math<T>::log2e;
       norm_[row0 + i] = T(1);
-      // Beyond this the rounding of the lse is too much of an error in its exponential.
-      constexpr T limit = sizeof(T) == 8 ? T(0x1p40) : T(0x1p13);
-      huge_[row0 + i] = lse > limit || (lse < -limit && lse != -infinity<T>());
+      huge_[row0 + i] = is_coarse(lse);
       if (Failure<Operand>::kPossible && !is_finite(lse) && lse != -infinity<T>()) {
         return failure_.raise();
       }
@@ -703,15 +692,11 @@ class BackwardKernel {
     // The n pairs of query i and the keys from `key`: scores w become f p, dP in x becomes G.
     Vec<T> softmax_span(const Gradient& gradient, std::int64_t b, std::int64_t h, std::int64_t i,
                         std::int64_t key, std::int64_t n, T* w, T* x, Zeros zeros) {
-      constexpr int lanes = kLanes<T>;
       const AttentionProblem& p = k.p_;
       const std::int64_t row = k.first_row(b, h) + i;
-      const T shift = k.lse_[row];
-      const T norm = k.norm_[row];
       const bool huge = k.huge_[row] != 0;
       const bool changes =
           huge || zeros == Zeros::kSkip || alibi.active || p.mask_kind != MaskKind::kNone;
-      const auto scaled = gradient.scale(changes);
       if (changes) gradient.scale_products(w, n);
       if (huge) {
         // As exact_statistics has them. Small scores are huge by the mask, which swallows the rest.
@@ -729,33 +714,15 @@ class BackwardKernel {
       }
       const bool drops = p.dropout_p > 0.0;
       if (drops) load_dropout_row(p, k.dropout_, b, h, i, key, n, buffer.row);
-      const Vec<T> delta = splat(k.delta_[row]);
-      Vec<T> total{};
-      Vec<T> smallest{};
-      for (std::int64_t j = 0; j < n; j += lanes) {
-        const std::int64_t left = n - j;
-        const Vec<T> score = scaled(load_up_to(w + j, left));
-        smallest = at_most(score, smallest);
-        Vec<T> weight = exp2<T>(score - splat(shift)) * splat(norm);
-        if (left < lanes) weight = first_lanes<T>(weight, left, Vec<T>{});
-        Vec<T> grad = load_up_to(x + j, left);
-        Vec<T> kept = weight;
-        if (drops) {
-          const Vec<T> factor = load_up_to(buffer.row + j, left);
-          grad = factor == Vec<T>{} ? factor : grad * factor;
-          kept *= factor;
-        }
-        grad = weight == Vec<T>{} ? Vec<T>{} : weight * (grad - delta);
-        total += grad;
-        store_up_to(w + j, kept, left);
-        store_up_to(x + j, grad, left);
-      }
-      // Without a mask -inf is a score that overflowed: a NaN has the task repeated with care.
-      if (p.mask_kind == MaskKind::kNone && -max_lanes<T>(-smallest) == -infinity<T>()) {
+      const PairSums<T> sums =
+          softmax_gradients(gradient.scale(changes), k.lse_[row], k.norm_[row], k.delta_[row],
+                            drops ? buffer.row : nullptr, n, w, x);
+      // A NaN has the task repeated with care.
+      if (p.mask_kind == MaskKind::kNone && sums.has_lowest()) {
         w[0] = x[0] = infinity<T>() - infinity<T>();
       }
       if (k.slope_sums_ != nullptr) slope_sum(b, h) -= alibi.sum_distances(i, key, n, x);
-      return total;
+      return sums.gradients;
     }
 
     typename MaskGradient<T>::Task mask_task() const {
@@ -792,35 +759,13 @@ class BackwardKernel {
 
   void reduce_grad_weight() const {
     for (std::int64_t d = 0; d < p_.head_dim; ++d) {
-      reduce_per_head(weight_sums_ + d, weight_size(), p_.weight_size, p_.dtype, call_.grad_weight,
-                      d, p_.head_dim);
+      reduce_per_head<T>(p_, weight_sums_ + d, groups_, weight_size(), 1.0, p_.weight_size,
+                         p_.dtype, call_.grad_weight, d, p_.head_dim);
     }
   }
   void reduce_grad_slopes() const {
-    reduce_per_head(slope_sums_, 1, p_.slopes_size, p_.slopes_dtype, call_.grad_slopes, 0, 1);
-  }
-
-  // A gradient of (B or 1, H or 1) numbers, element n of which lies at offset + n stride, from the
-  // groups' parts sums[b][h][group], `step` apart.
-  void reduce_per_head(const double* sums, std::int64_t step, const std::int64_t (&size)[2],
-                       DType dtype, void* gradient, std::int64_t offset,
-                       std::int64_t stride) const {
-    for (std::int64_t gb = 0; gb < size[0]; ++gb) {
-      for (std::int64_t gh = 0; gh < size[1]; ++gh) {
-        const KeyRange batches = size[0] > 1 ? KeyRange{gb, gb + 1} : KeyRange{0, p_.batch};
-        const KeyRange heads = size[1] > 1 ? KeyRange{gh, gh + 1} : KeyRange{0, p_.heads};
-        double sum = 0.0;
-        for (std::int64_t b = batches.begin; b < batches.end; ++b) {
-          for (std::int64_t h = heads.begin; h < heads.end; ++h) {
-            for (std::int64_t group = 0; group < groups_; ++group) {
-              sum += sums[((b * p_.heads + h) * groups_ + group) * step];
-            }
-          }
-        }
-        const T value = static_cast<T>(sum);
-        store_row(dtype, gradient, offset + (gb * size[1] + gh) * stride, 1, 1, &value);
-      }
-    }
+    reduce_per_head<T>(p_, slope_sums_, groups_, 1, 1.0, p_.slopes_size, p_.slopes_dtype,
+                       call_.grad_slopes, 0, 1);
   }
 
   const AttentionBackward& call_;

@@ -22,10 +22,14 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 constexpr std::int64_t kFewQueries = 4;
 constexpr std::int64_t kFewRows = 8;
 
-inline bool has_few_queries(const AttentionProblem& p) {
-  return p.score == ScoreKind::kDotProduct && p.kv_heads > 0 && p.query_length <= kFewQueries &&
-         p.group_size() * p.query_length <= kFewRows && p.key.stride[3] == 1 &&
+// Whether at most so many queries of all heads read a key head, and keys and values where they lie.
+inline bool has_few_rows(const AttentionProblem& p, std::int64_t rows) {
+  return p.kv_heads > 0 && p.group_size() * p.query_length <= rows && p.key.stride[3] == 1 &&
          p.value.stride[3] == 1;
+}
+inline bool has_few_queries(const AttentionProblem& p) {
+  return p.score == ScoreKind::kDotProduct && p.query_length <= kFewQueries &&
+         has_few_rows(p, kFewRows);
 }
 
 // scores[kRows][kKeys] of kRows queries and the kKeys = kLanes / kRows keys from `keys`. kTail: the
@@ -134,9 +138,9 @@ inline void multiply_in_place(std::int64_t rows, const T* queries, std::int64_t 
   });
 }
 
-// scale q . k against keys where they are.
+// What the scores of keys where they are have in common.
 template <typename Scalar>
-class DotScoreInPlace : public FinishedScores<Scalar> {
+class ScoreInPlace : public FinishedScores<Scalar> {
  public:
   using Operand = Elements<Scalar>;
   using T = Scalar;
@@ -144,16 +148,32 @@ class DotScoreInPlace : public FinishedScores<Scalar> {
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = true;
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
-  static std::int64_t query_size(std::int64_t head_dim) { return padded<T>(head_dim); }
   static std::int64_t key_size(std::int64_t /*head_dim*/) { return 0; }
   static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
-  DotScoreInPlace(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : p_(p) {}
+  explicit ScoreInPlace(const AttentionProblem& p) : p_(p) {}
 
   bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
   void set_head(std::int64_t b, std::int64_t h) {
     key_ = rows_of(p_.dtype, p_.key, b, h / p_.group_size(), p_.head_dim);
+    valid_ = key_range(p_, b);
   }
+
+ protected:
+  const AttentionProblem& p_;
+  Rows key_{};
+  KeyRange valid_{};  // of the sample
+};
+
+// scale q . k.
+template <typename T>
+class DotScoreInPlace : public ScoreInPlace<T> {
+ public:
+  using Operand = Elements<T>;
+  static std::int64_t query_size(std::int64_t head_dim) { return padded<T>(head_dim); }
+
+  DotScoreInPlace(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : ScoreInPlace<T>(p) {}
+
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const std::int64_t width = query_size(p_.head_dim);
     const T factor = static_cast<T>(p_.scale * Math<double>::log2e);
@@ -170,8 +190,8 @@ class DotScoreInPlace : public FinishedScores<Scalar> {
   }
 
  private:
-  const AttentionProblem& p_;
-  Rows key_{};
+  using ScoreInPlace<T>::p_;
+  using ScoreInPlace<T>::key_;
 };
 
 // sums[kRows][kVectors] += sum_j weights(:, j) values(j, :), n rows of values from j.
@@ -266,5 +286,45 @@ inline void add_weighted_values(Zeros zeros, std::int64_t rows, const T* weights
     if (r < rows) add.template operator()<1>(r);
   });
 }
+
+// What few_queries_backward.h needs of a score: what it adds to gradients, by rows of a block:
+// sums[rows][size] of each row, of which dq and dw are made, and rows of dk. g[rows][ld] holds
+// zeros behind the n keys of a block, as far as whole vectors go.
+template <typename T>
+struct DotSlopes {
+  using Score = DotScoreInPlace<T>;
+  static constexpr bool kHasWeight = false;
+  static std::int64_t size(std::int64_t head_dim) { return padded<T>(head_dim); }
+
+  // store(x, row, factor): dk of the key j + x.
+  template <typename Store>
+  static void add(const AttentionProblem& p, const Rows& key, KeyRange /*valid*/, Zeros zeros,
+                  std::int64_t rows, const T* queries, const T* g, std::int64_t ld, std::int64_t j,
+                  std::int64_t n, T* sums, T* buffer, const Store& store_key) {
+    const std::int64_t width = padded<T>(p.head_dim);
+    add_weighted_values(zeros, rows, g, ld, key, j, n, sums, width);
+    for (std::int64_t x = 0; x < n; ++x) {
+      add_rows(zeros, rows, queries, width, g + x, ld, width, buffer);
+      store_key(x, buffer, T(Math<double>::ln2));  // log2 e is in the queries
+    }
+  }
+  // buffer = sum_r g[r * ld] rows[r]
+  static void add_rows(Zeros zeros, std::int64_t rows, const T* row, std::int64_t row_ld,
+                       const T* g, std::int64_t ld, std::int64_t width, T* buffer) {
+    for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+      Vec<T> sum{};
+      for (std::int64_t r = 0; r < rows; ++r) {
+        if (zeros == Zeros::kSkip && g[r * ld] == T(0)) continue;
+        sum = fma(splat(g[r * ld]), load(row + r * row_ld + d), sum);
+      }
+      store(buffer + d, sum);
+    }
+  }
+  // dq of a row, in place of its sums.
+  static void finish(const AttentionProblem& p, const T* /*query*/, T* sums) {
+    const T factor = static_cast<T>(p.scale);
+    for (std::int64_t d = 0; d < padded<T>(p.head_dim); ++d) sums[d] *= factor;
+  }
+};
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -16,9 +16,8 @@ constexpr int kKeysOfDivision = 4;
 // narrow heads and vectors of fewer lanes than keys share a division gain nothing.
 template <typename T>
 inline bool has_few_additive_queries(const AttentionProblem& p) {
-  return p.score == ScoreKind::kAdditive && p.activation == Activation::kTanh && p.kv_heads > 0 &&
-         p.group_size() * p.query_length == 1 && p.key.stride[3] == 1 && p.value.stride[3] == 1 &&
-         p.head_dim >= 8 && kLanes<T> >= kKeysOfDivision;
+  return p.score == ScoreKind::kAdditive && p.activation == Activation::kTanh &&
+         has_few_rows(p, 1) && p.head_dim >= 8 && kLanes<T> >= kKeysOfDivision;
 }
 
 // -tanh(q + k) / 2 = 1 / (1 + e^(2(q + k))) - 1/2 for four keys. Beyond +-10 (20 in double) tanh is
@@ -95,27 +94,15 @@ template <typename T, DType dtype>
   store_up_to(scores, limited_score<T>(sums_of_lanes<T>(sums)), n);
 }
 
-// scale sum_d w_d tanh(q_d + k_d) against keys where they are.
-template <typename Scalar>
-class AdditiveScoreInPlace : public FinishedScores<Scalar> {
+// scale sum_d w_d tanh(q_d + k_d).
+template <typename T>
+class AdditiveScoreInPlace : public ScoreInPlace<T> {
  public:
-  using Operand = Elements<Scalar>;
-  using T = Scalar;
-  static constexpr int kGroupRows = Operand::kTileRows;
-  static constexpr bool kKeysPerQueryHead = false;
-  static constexpr bool kInPlace = true;
-  static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
   static std::int64_t query_size(std::int64_t head_dim) { return 2 * padded<T>(head_dim); }
-  static std::int64_t key_size(std::int64_t /*head_dim*/) { return 0; }
-  static std::int64_t spare_size(std::int64_t /*head_dim*/, std::int64_t /*rows*/) { return 0; }
 
-  AdditiveScoreInPlace(const AttentionProblem& p, T* /*constants*/, T* /*spare*/) : p_(p) {}
+  AdditiveScoreInPlace(const AttentionProblem& p, T* /*constants*/, T* /*spare*/)
+      : ScoreInPlace<T>(p) {}
 
-  bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return false; }
-  void set_head(std::int64_t b, std::int64_t h) {
-    key_ = rows_of(p_.dtype, p_.key, b, h / p_.group_size(), p_.head_dim);
-    valid_ = key_range(p_, b);
-  }
   // What half_tanh is multiplied by: -2 scale log2 e w.
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
@@ -152,9 +139,93 @@ class AdditiveScoreInPlace : public FinishedScores<Scalar> {
   }
 
  private:
-  const AttentionProblem& p_;
-  Rows key_{};
-  KeyRange valid_{};  // of the sample
+  using ScoreInPlace<T>::p_;
+  using ScoreInPlace<T>::key_;
+  using ScoreInPlace<T>::valid_;
+};
+
+// With h = -tanh / 2 the slope of tanh is 4 (1/4 - h^2): sums are those of G (1/4 - h^2), then of
+// G h.
+template <typename T>
+struct AdditiveSlopes {
+  using Score = AdditiveScoreInPlace<T>;
+  static constexpr bool kHasWeight = true;
+  static std::int64_t size(std::int64_t head_dim) { return 2 * padded<T>(head_dim); }
+
+  template <typename Store>
+  static void add(const AttentionProblem& p, const Rows& key, KeyRange valid, Zeros zeros,
+                  std::int64_t rows, const T* queries, const T* g, std::int64_t ld, std::int64_t j,
+                  std::int64_t n, T* sums, T* buffer, const Store& store_key) {
+    const std::int64_t width = padded<T>(p.head_dim);
+    with_widened<T>(key.dtype, [&]<DType dtype>() {
+      const auto* const keys =
+          static_cast<const typename Storage<dtype>::type*>(key.data) + key.at(j);
+      for (std::int64_t x = 0; x < n; x += kKeysOfDivision) {
+        const FourKeys<T, dtype> four(keys, key.row_stride, x, {valid.begin - j, valid.end - j});
+        if (zeros == Zeros::kMultiply) {
+          add_four<dtype, Zeros::kMultiply>(four, p.head_dim, rows, queries, g + x, ld, sums,
+                                            buffer);
+        } else {
+          add_four<dtype, Zeros::kSkip>(four, p.head_dim, rows, queries, g + x, ld, sums, buffer);
+        }
+        // 4 scale w is -2 ln 2 times what the queries have.
+        for (std::int64_t y = x; y < smaller<std::int64_t>(x + kKeysOfDivision, n); ++y) {
+          store_key(y, buffer + (y - x) * width, T(-2.0 * Math<double>::ln2));
+        }
+      }
+    });
+  }
+  static void finish(const AttentionProblem& p, const T* query, T* sums) {
+    const std::int64_t width = padded<T>(p.head_dim);
+    const T* const weight = query + width;
+    for (std::int64_t d = 0; d < width; ++d) sums[d] *= weight[d] * T(-2.0 * Math<double>::ln2);
+  }
+  // Moves the sums of G h of a row to double, of which few are added up in T then.
+  static void take_weight_sums(const AttentionProblem& p, T* sums, double* to) {
+    const std::int64_t width = padded<T>(p.head_dim);
+    for (std::int64_t d = 0; d < width; ++d) to[d] += static_cast<double>(sums[width + d]);
+    fill_zero(sums + width, width);
+  }
+  static double factor_of_weight(const AttentionProblem& p) { return -2.0 * p.scale; }
+
+ private:
+  // buffer: what four keys have of dk.
+  template <DType dtype, Zeros zeros>
+  [[gnu::noinline]] static void add_four(const FourKeys<T, dtype>& four, std::int64_t head_dim,
+                                         std::int64_t rows, const T* __restrict queries,
+                                         const T* __restrict g, std::int64_t ld, T* __restrict sums,
+                                         T* __restrict buffer) {
+    const std::int64_t width = padded<T>(head_dim);
+    for (std::int64_t d = 0; d < width; d += kLanes<T>) {
+      Vec<T> elements[kKeysOfDivision], grad_key[kKeysOfDivision] = {};
+      four.load(d, head_dim, elements);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const T* const query = queries + r * 2 * width + d;
+        T* const sum = sums + r * 2 * width + d;
+        Vec<T> k[kKeysOfDivision], h[kKeysOfDivision];
+#pragma GCC unroll 4
+        for (int y = 0; y < kKeysOfDivision; ++y) {
+          const bool skip = zeros == Zeros::kSkip && g[r * ld + y] == T(0);
+          k[y] = skip ? Vec<T>{} : elements[y];
+        }
+        half_tanh<T>(load(query), k, h);
+        const Vec<T> w = load(query + width);
+        Vec<T> of_slope = load(sum);
+        Vec<T> of_tanh = load(sum + width);
+#pragma GCC unroll 4
+        for (int y = 0; y < kKeysOfDivision; ++y) {
+          const Vec<T> g_y = splat(g[r * ld + y]);
+          const Vec<T> slope = g_y * fnma(h[y], h[y], splat(T(0.25)));
+          grad_key[y] = fma(w, slope, grad_key[y]);
+          of_slope += slope;
+          of_tanh = fma(g_y, h[y], of_tanh);
+        }
+        store(sum, of_slope);
+        store(sum + width, of_tanh);
+      }
+      for (int y = 0; y < kKeysOfDivision; ++y) store(buffer + y * width + d, grad_key[y]);
+    }
+  }
 };
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

@@ -243,17 +243,27 @@ struct Largest {
   }
 };
 
+// Any thread may raise it.
+class Flag {
+ public:
+  void raise() { __atomic_store_n(&raised_, true, __ATOMIC_RELAXED); }
+  bool raised() const { return __atomic_load_n(&raised_, __ATOMIC_RELAXED); }
+
+ private:
+  bool raised_ = false;
+};
+
 // Whether numbers have been found that are out of the operand's range, or results that are not
-// finite where there is no careful pass: what a kernel returns is worth nothing then. Any thread
-// may raise it. Only operands of several parts have a range.
+// finite where there is no careful pass: what a kernel returns is worth nothing then. Only operands
+// of several parts have a range.
 template <typename Operand>
 class Failure {
  public:
   using T = typename Operand::Scalar;
   static constexpr bool kPossible = Operand::kParts > 1;
 
-  void raise() { __atomic_store_n(&raised_, true, __ATOMIC_RELAXED); }
-  bool raised() const { return kPossible && __atomic_load_n(&raised_, __ATOMIC_RELAXED); }
+  void raise() { flag_.raise(); }
+  bool raised() const { return kPossible && flag_.raised(); }
   // Of queries, keys or values that have been packed, and of the output's gradient.
   void check(T largest) {
     if constexpr (kPossible) {
@@ -267,7 +277,7 @@ class Failure {
   }
 
  private:
-  bool raised_ = false;
+  Flag flag_;
 };
 
 // n rows from `begin` to to[n][padded words], packed along the rows.

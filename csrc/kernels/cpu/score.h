@@ -435,8 +435,9 @@ class AdditiveScore : public FinishedScores<typename OperandT::Scalar> {
   // have a product d; and since no x_d is below 1, the numerator is at most d n / unit.
   static T largest_argument(int n, double log2_product) {
     const double max_exponent = -1.0 - static_cast<double>(Math<T>::min_exponent);
-    const double of_numerator = __builtin_log2(n) - Math<T>::unit_exponent;
-    const double of_product = n * Math<T>::unit_exponent + log2_product;
+    const double unit_exponent = __builtin_log2(static_cast<double>(Math<T>::unit));
+    const double of_numerator = __builtin_log2(n) - unit_exponent;
+    const double of_product = n * unit_exponent + log2_product;
     return static_cast<T>(((max_exponent - of_numerator - of_product) / n - 1.0) /
                           (2.0 * Math<double>::log2e));
   }

@@ -21,7 +21,6 @@ struct MathConstants<float> {
   static constexpr float cap = 3.5e9f;
   // A product of eight of these is a normal number.
   static constexpr float unit = 0x1p-15f;
-  static constexpr int unit_exponent = -15;
   // 2^127 log2(e): scores are limited to this in units of log2.
   static constexpr float max_score = 0x1p127f * 1.44269504088896340736f;
 };
@@ -36,7 +35,6 @@ struct MathConstants<double> {
   static constexpr double max_exponent_argument = 32.0;
   static constexpr double cap = 1e70;
   static constexpr double unit = 0x1p-127;
-  static constexpr int unit_exponent = -127;
   static constexpr double max_score = 0x1p1023 * 1.44269504088896340736;
 };
 template <typename T>
