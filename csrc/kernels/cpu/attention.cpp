@@ -1,5 +1,8 @@
 #include "kernels/cpu/attention.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "kernels/common/reference.h"
 #include "kernels/cpu/amx.h"
 
@@ -23,6 +26,8 @@ void attention_weights_avx512bf16(const AttentionWeights& call, const Parallel& 
 void attention_forward_amx(const AttentionForward& call, const Parallel& parallel);
 void attention_backward_amx(const AttentionBackward& call, const Parallel& parallel);
 void attention_weights_amx(const AttentionWeights& call, const Parallel& parallel);
+void attention_forward_sines(const AttentionForward& call, const Parallel& parallel);
+void attention_backward_sines(const AttentionBackward& call, const Parallel& parallel);
 #endif
 
 namespace {
@@ -65,6 +70,28 @@ const char* amx_not_supported(const AttentionProblem& problem) {
   return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
 
+const char* sines_not_supported(const AttentionProblem& problem) {
+  static const bool has_amx = cpu_has_amx() && cpu_has_avx512bf16();
+  if (!has_amx) return "this CPU has no AMX for bfloat16";
+  if (problem.score != ScoreKind::kAdditive) return "the score is not additive";
+  if (problem.activation != Activation::kTanh) return "the activation is not tanh";
+  if (problem.dtype != DType::kBFloat16) return "the inputs are not bfloat16";
+  return may_use_amx() ? nullptr : "the operating system does not permit AMX";
+}
+
+// What is made once for each token must pay off; measured on Granite Rapids.
+const char* sines_slower(const AttentionProblem& problem) {
+  if (problem.query_length < 96) return "there are few queries";
+  // That a query in the middle sees.
+  std::int64_t keys = problem.key_length;
+  if (problem.window_left >= 0 && problem.window_right >= 0) {
+    keys = std::min(keys, problem.window_left + problem.window_right + 1);
+  } else if (problem.window_left >= 0 || problem.window_right >= 0) {
+    keys /= 2;
+  }
+  return keys < 80 ? "there are few keys" : nullptr;
+}
+
 // To take elements to parts pays off where each part is multiplied often; measured with 1 to 8
 // heads on Granite Rapids.
 const char* amx_slower(const AttentionProblem& problem) {
@@ -81,6 +108,8 @@ const AttentionImplementation implementations[] = {
 #if defined(__x86_64__)
     {"amx", amx_not_supported, attention_forward_amx, attention_backward_amx, attention_weights_amx,
      amx_slower},
+    {"amx_sines", sines_not_supported, attention_forward_sines, attention_backward_sines,
+     attention_weights_avx512, sines_slower},
     {"avx512bf16", avx512bf16_not_supported, attention_forward_avx512bf16,
      attention_backward_avx512bf16, attention_weights_avx512bf16},
     {"avx512", avx512_not_supported, attention_forward_avx512, attention_backward_avx512,

@@ -37,8 +37,10 @@ class BackwardKernel {
   using T = typename Operand::Scalar;
   static constexpr int kGroupRows = Gradient::kGroupRows;
 
-  BackwardKernel(const AttentionBackward& call, const Parallel& parallel)
-      : call_(call), p_(call.problem), parallel_(parallel), mask_(call) {}
+  using Context = ContextOf<Gradient>;
+  BackwardKernel(const AttentionBackward& call, const Parallel& parallel,
+                 const Context& context = {})
+      : call_(call), p_(call.problem), parallel_(parallel), context_(context), mask_(call) {}
 
   // False: a failure (operand.h).
   bool run() {
@@ -53,12 +55,12 @@ class BackwardKernel {
     const std::int64_t pairs = p_.batch * p_.heads;
     if (groups_ > 1) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
-      parallel_.run(pairs * chunks, [&](std::int64_t t, int) {
+      parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
         const std::int64_t b = t / chunks / p_.heads;
         const std::int64_t h = t / chunks % p_.heads;
         const std::int64_t begin = t % chunks * kPrepareRows;
         const std::int64_t end = smaller(begin + kPrepareRows, p_.query_length);
-        copy(copies_, b, h, begin, end);
+        copy(copies_, b, h, begin, end, buffers(thread).spare);
         if (!failure_.raised()) prepare(b, h, begin, end);
       });
     }
@@ -85,6 +87,8 @@ class BackwardKernel {
  private:
   // Operands of sums along rows and across rows differ; of single elements they are the same.
   static constexpr bool kPacksTwice = Operand::kPack > 1;
+  // Products are of features of the tokens, p_.head_dim of them.
+  static constexpr bool kHasFeatures = kHasContext<Gradient>;
   static constexpr std::int64_t kPrepareRows = 64;
   static constexpr std::int64_t kWantedTasks = 32;
   static constexpr std::int64_t kLeastTasks = 4;
@@ -92,7 +96,11 @@ class BackwardKernel {
   static constexpr T kExact = sizeof(T) == 8 ? T(0x1p39) : T(0x1p12);
 
   void plan() {
-    query_width_ = padded<T>(p_.head_dim);
+    token_dim_ = p_.head_dim;
+    if constexpr (kHasFeatures) token_dim_ = context_.head_dim();
+    query_width_ = padded<T>(token_dim_);
+    feature_width_ = padded<T>(p_.head_dim);
+    if constexpr (kHasFeatures) feature_width_ = 2 * Gradient::Score::query_size(p_.head_dim);
     value_width_ = padded<T>(p_.value_dim);
     key_sums_ld_ = Operand::kTransposes ? query_width_ : spread_rows<T>(query_width_);
     query_words_ = padded<T>(Operand::words(p_.head_dim));
@@ -167,9 +175,11 @@ class BackwardKernel {
     void carve(const BackwardKernel& k, Carver& carver, std::int64_t heads) {
       const std::int64_t across = heads * k.row_words_;
       const std::int64_t rows = heads * k.p_.query_length;
-      query_across = carver.take<T>(k.copy_query_ ? across * k.query_width_ : 0);
+      const std::int64_t query_rows =
+          kHasFeatures ? heads * round_up(k.p_.query_length, kGroupRows) : rows;
+      query_across = carver.take<T>(k.copy_query_ ? across * k.feature_width_ : 0);
       grad_out_across = carver.take<T>(k.copy_grad_out_ ? across * k.value_width_ : 0);
-      query_along = carver.take<T>(kPacksTwice ? rows * k.query_words_ : 0);
+      query_along = carver.take<T>(kPacksTwice ? query_rows * k.query_words_ : 0);
       grad_out_along = carver.take<T>(kPacksTwice ? rows * k.value_words_ : 0);
     }
   };
@@ -235,16 +245,23 @@ class BackwardKernel {
     }
   }
 
-  // Copies of what cannot be read in place, of rows [begin, end).
+  // Copies of what cannot be read in place, of rows [begin, end). `rows`: to work in, of the size
+  // of a policy's spare memory.
   void copy(const Copies& copies, std::int64_t b, std::int64_t h, std::int64_t begin,
-            std::int64_t end) const {
+            std::int64_t end, [[maybe_unused]] T* rows) const {
     const std::int64_t n = end - begin;
     const Rows grad = rows_of(p_.dtype, call_.grad_out, b, h, p_.value_dim);
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     const std::int64_t place = place_of_copy(b, h);
     const std::int64_t word = place * row_words_ + Operand::words(begin);
-    if (copy_query_) {
-      failure_.check(pack_over_rows(query, begin, n, copies.query_across + word * query_width_));
+    if constexpr (kHasFeatures) {
+      Gradient::copy_queries(
+          p_, context_, b, h, begin, n,
+          copies.query_along +
+              (place * round_up(p_.query_length, kGroupRows) + begin) * query_words_,
+          copies.query_across + word * feature_width_, rows);
+    } else if (copy_query_) {
+      failure_.check(pack_over_rows(query, begin, n, copies.query_across + word * feature_width_));
     }
     if (copy_grad_out_) {
       failure_.check_gradient(
@@ -252,7 +269,9 @@ class BackwardKernel {
     }
     if constexpr (kPacksTwice) {
       const std::int64_t row = place * p_.query_length + begin;
-      pack_along_rows<Operand>(query, begin, n, copies.query_along + row * query_words_);
+      if constexpr (!kHasFeatures) {
+        pack_along_rows<Operand>(query, begin, n, copies.query_along + row * query_words_);
+      }
       pack_along_rows<Operand>(grad, begin, n, copies.grad_out_along + row * value_words_);
     }
   }
@@ -268,7 +287,10 @@ class BackwardKernel {
       if (Failure<Operand>::kPossible && !is_finite(lse) && lse != -infinity<T>()) {
         return failure_.raise();
       }
-      if (huge_[row0 + i] != 0) exact_statistics(b, h, i, lse_[row0 + i], norm_[row0 + i]);
+      if (huge_[row0 + i] != 0) {
+        if (kHasFeatures) return failure_.raise();
+        exact_statistics(b, h, i, lse_[row0 + i], norm_[row0 + i]);
+      }
     }
   }
   // Maximum and 1 / sum of row i from scores in double, where the lse is too coarse: it takes their
@@ -301,7 +323,7 @@ class BackwardKernel {
   Matrix query_across(const Copies& copies, std::int64_t b, std::int64_t h) const {
     if constexpr (!Gradient::kReadsQueries) return {nullptr, 0};
     const std::int64_t word = place_of_copy(b, h) * row_words_;
-    if (copy_query_) return {copies.query_across + word * query_width_, query_width_};
+    if (copy_query_) return {copies.query_across + word * feature_width_, feature_width_};
     const Rows rows = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
     return {Operand::in_place(rows), rows.row_stride};
   }
@@ -313,8 +335,9 @@ class BackwardKernel {
   }
   Matrix query_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
     if constexpr (!kPacksTwice) return query_across(copies, b, h);
-    const std::int64_t row = place_of_copy(b, h) * p_.query_length;
-    return {copies.query_along + row * query_words_, query_words_};
+    const std::int64_t rows =
+        kHasFeatures ? round_up(p_.query_length, kGroupRows) : p_.query_length;
+    return {copies.query_along + place_of_copy(b, h) * rows * query_words_, query_words_};
   }
   Matrix grad_out_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
     if constexpr (!kPacksTwice) return grad_out_across(copies, b, h);
@@ -376,7 +399,7 @@ class BackwardKernel {
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
         if (k.groups_ == 1) {
-          k.copy(buffer.copies, b, h, 0, p.query_length);
+          k.copy(buffer.copies, b, h, 0, p.query_length, buffer.spare);
           if (k.failure_.raised()) return true;
           if (zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
         }
@@ -392,7 +415,8 @@ class BackwardKernel {
       }
       Vec<T> check{};
       bool finite = true;
-      Gradient gradient(p, buffer.constants, buffer.spare, buffer.gradient);
+      Gradient gradient =
+          make_policy<Gradient>(p, k.context_, buffer.constants, buffer.spare, buffer.gradient);
       for (std::int64_t n = group; n < k.blocks_; n += k.groups_) {
         const std::int64_t first = n * k.block_keys_;
         const std::int64_t keys = smaller(k.block_keys_, p.key_length - first);
@@ -434,7 +458,7 @@ class BackwardKernel {
           for (std::int64_t d = 0; d < k.value_width_; d += kLanes<T>) {
             check += load(row + d) - load(row + d);
           }
-          write_row(k.call_.grad_key, b, hk, first + j, p.head_dim,
+          write_row(k.call_.grad_key, b, hk, first + j, k.token_dim_,
                     buffer.grad_key + j * k.query_width_);
           write_row(k.call_.grad_value, b, hk, first + j, p.value_dim, row);
         }
@@ -443,6 +467,9 @@ class BackwardKernel {
         gradient.set_head(b, h);
         load_factors(gradient);
         const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+        if constexpr (kHasFeatures) {
+          if (group == 0) gradient.add_row_sums(b, h, dq.data, dq.ld, weight_sums(b, h));
+        }
         for (std::int64_t i = 0; i < p.query_length; ++i) {
           T* const row = dq.data + i * dq.ld;
           for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
@@ -451,7 +478,7 @@ class BackwardKernel {
             store(row + d, x);
           }
           if (k.groups_ == 1 && !k.grad_query_in_place_) {
-            write_row(k.call_.grad_query, b, h, i, p.head_dim, row);
+            write_row(k.call_.grad_query, b, h, i, k.token_dim_, row);
           }
         }
         finite = finish_weight(gradient, b, h) && finite;
@@ -494,7 +521,7 @@ class BackwardKernel {
     }
     void load_factors(const Gradient& gradient) const {
       for (std::int64_t d = 0; d < k.query_width_; ++d) {
-        buffer.factors[d] = d < k.p_.head_dim ? gradient.factor_of_sums(d) : T(0);
+        buffer.factors[d] = d < k.token_dim_ ? gradient.factor_of_sums(d) : T(0);
       }
     }
     // The sums become this group's part of dw of the head. False if one of them is not finite.
@@ -503,7 +530,7 @@ class BackwardKernel {
       if constexpr (Gradient::kHasWeight) {
         double* const sums = weight_sums(b, h);
         const double total = sums[k.query_width_];
-        for (std::int64_t d = 0; d < k.p_.head_dim; ++d) {
+        for (std::int64_t d = 0; d < k.token_dim_; ++d) {
           sums[d] = gradient.weight_gradient(d, total, sums[d]);
           check += sums[d] - sums[d];
         }
@@ -753,14 +780,14 @@ class BackwardKernel {
       }
       const View& view = call_.grad_query;
       store_row(p_.dtype, view.data, b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
-                view.stride[3], p_.head_dim, sum);
+                view.stride[3], token_dim_, sum);
     }
   }
 
   void reduce_grad_weight() const {
-    for (std::int64_t d = 0; d < p_.head_dim; ++d) {
+    for (std::int64_t d = 0; d < token_dim_; ++d) {
       reduce_per_head<T>(p_, weight_sums_ + d, groups_, weight_size(), 1.0, p_.weight_size,
-                         p_.dtype, call_.grad_weight, d, p_.head_dim);
+                         p_.dtype, call_.grad_weight, d, token_dim_);
     }
   }
   void reduce_grad_slopes() const {
@@ -771,9 +798,12 @@ class BackwardKernel {
   const AttentionBackward& call_;
   const AttentionProblem& p_;
   const Parallel& parallel_;
+  ContextMember<Gradient> context_;
   Dropout dropout_;
 
+  std::int64_t token_dim_ = 0;  // elements of a query
   std::int64_t query_width_ = 0, value_width_ = 0, key_sums_ld_ = 0;
+  std::int64_t feature_width_ = 0;  // of a row of what queries are multiplied by
   std::int64_t query_words_ = 0, value_words_ = 0, row_words_ = 0;
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;

@@ -27,6 +27,7 @@ namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 template <int n>
 struct FloatParts : Bfloat16Words {
   static constexpr int kParts = n;
+  static constexpr bool kGivesUp = true;
   // Three times as many bytes as of bfloat16 come from the last-level cache for a block of queries.
   static constexpr std::int64_t kForwardRows = 128;
 

@@ -55,8 +55,9 @@ class ForwardKernel {
   static constexpr bool kWeightsApart = Operand::kParts > 1;  // weights, not in place of the scores
   static_assert(Operand::kBlockKeys <= kMaskKeys);
 
-  ForwardKernel(const AttentionForward& call, const Parallel& parallel)
-      : call_(call), p_(call.problem), parallel_(parallel) {}
+  using Context = ContextOf<Score>;
+  ForwardKernel(const AttentionForward& call, const Parallel& parallel, const Context& context = {})
+      : call_(call), p_(call.problem), parallel_(parallel), context_(context) {}
 
   // False: a failure (operand.h).
   bool run() {
@@ -113,10 +114,14 @@ class ForwardKernel {
   void plan() {
     width_ = padded<T>(p_.value_dim);
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
-    const std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
+    std::int64_t widest = larger<std::int64_t>(larger(p_.head_dim, width_), 1);
+    if constexpr (kHasContext<Score>) {
+      widest = larger<std::int64_t>(larger(context_.head_dim(), width_), 1);
+    }
     // Scores of a block and its packed keys stay within a part of L2. Additive ones of wide heads
     // stay in L1 with the values that they weight: they take so long that more blocks cost nothing.
-    constexpr bool is_dot = std::is_same_v<Score, DotScore<Operand>> || Score::kInPlace;
+    constexpr bool is_dot =
+        std::is_same_v<Score, DotScore<Operand>> || Score::kInPlace || kHasContext<Score>;
     const std::int64_t most =
         is_dot || widest <= 32 ? Operand::kBlockKeys : Operand::kBlockKeys / 2;
     block_keys_ = smaller(most, larger<std::int64_t>(most * 128 / widest, 1));
@@ -126,10 +131,10 @@ class ForwardKernel {
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     const bool many_rows = units * p_.query_length >= kWantedTasks * Operand::kForwardRows;
     block_rows_ = smaller<std::int64_t>(p_.query_length, many_rows ? Operand::kForwardRows : 64);
-    if (p_.query_length <= kMaxBlockRows && units >= kManyHeads) block_rows_ = p_.query_length;
+    if (p_.query_length <= kMostRows && units >= kManyHeads) block_rows_ = p_.query_length;
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     block_rows_ = round_up((p_.query_length + blocks_ - 1) / blocks_, Operand::kTileRows);
-    block_rows_ = smaller<std::int64_t>(block_rows_, kMaxBlockRows);
+    block_rows_ = smaller<std::int64_t>(block_rows_, kMostRows);
     blocks_ = (p_.query_length + block_rows_ - 1) / block_rows_;
     if (Score::kInPlace) block_rows_ = p_.query_length;
     // Few tasks and many keys: a task takes a share of at least 512 keys.
@@ -232,7 +237,7 @@ class ForwardKernel {
     const std::int64_t h = head % packed_heads();
     const std::int64_t n = smaller(block_keys_, p_.key_length - j);
     const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
-    Score score(p_, buffer.constants, buffer.spare);
+    Score score = make_policy<Score>(p_, context_, buffer.constants, buffer.spare);
     score.set_head(b, h);
     score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * key_size(),
                     key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
@@ -277,7 +282,7 @@ class ForwardKernel {
       const KeyRange keys = {split * k.split_keys_,
                              smaller((split + 1) * k.split_keys_, p.key_length)};
       buffer.ranges->compute(p, b, i0, queries(), rows, keys);
-      Score score(p, buffer.constants, buffer.spare);
+      Score score = make_policy<Score>(p, k.context_, buffer.constants, buffer.spare);
       score.set_head(b, h0);
       for (std::int64_t r = 0; r < rows; r += queries()) {
         score.load_queries(b, head(r), i0, queries(),
@@ -898,6 +903,7 @@ class ForwardKernel {
               reciprocal_of_total(splat(total))[0], lse_of(splat(total), splat(maximum))[0]);
   }
 
+  static constexpr std::int64_t kMostRows = Operand::kForwardRows > 128 ? kMaxBlockRows : 128;
   static constexpr std::int64_t kWantedTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;
   static constexpr std::int64_t kManyHeads = 8;           // a block each keeps the threads busy
@@ -906,6 +912,7 @@ class ForwardKernel {
   const AttentionForward& call_;
   const AttentionProblem& p_;
   const Parallel& parallel_;
+  ContextMember<Score> context_;
   Dropout dropout_;
 
   std::int64_t width_ = 0;  // of a row of values and sums

@@ -42,6 +42,7 @@ struct VectorProducts {
   static constexpr bool kTransposes = false;        // the left operand must lie along rows
   static constexpr bool kFinishes = true;           // a sum can be changed before it is stored
   static constexpr int kParts = 1;                  // of an element
+  static constexpr bool kGivesUp = false;           // what has no careful pass: Failure
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
 };
@@ -255,23 +256,23 @@ class Flag {
 
 // Whether numbers have been found that are out of the operand's range, or results that are not
 // finite where there is no careful pass: what a kernel returns is worth nothing then. Only operands
-// of several parts have a range.
+// of several parts have a range; those that give up have no careful pass.
 template <typename Operand>
 class Failure {
  public:
   using T = typename Operand::Scalar;
-  static constexpr bool kPossible = Operand::kParts > 1;
+  static constexpr bool kPossible = Operand::kGivesUp;
 
   void raise() { flag_.raise(); }
   bool raised() const { return kPossible && flag_.raised(); }
   // Of queries, keys or values that have been packed, and of the output's gradient.
   void check(T largest) {
-    if constexpr (kPossible) {
+    if constexpr (Operand::kParts > 1) {
       if (!Operand::in_range(largest, Operand::kLeast)) raise();
     }
   }
   void check_gradient(T largest) {
-    if constexpr (kPossible) {
+    if constexpr (Operand::kParts > 1) {
       if (!Operand::in_range(largest, Operand::kLeastGradient)) raise();
     }
   }

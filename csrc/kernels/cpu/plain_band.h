@@ -20,6 +20,17 @@
 // Bound: 2^x, two fifths of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
+// Panels of a band whose scores are made at once: more than two for a score that then has the
+// operands of its products less often from L2.
+template <typename Score>
+constexpr int panels_at_once() {
+  if constexpr (requires { Score::kPanelsAtOnce; }) {
+    return Score::kPanelsAtOnce;
+  } else {
+    return 2;
+  }
+}
+
 template <typename Score>
 class PlainBand {
  public:
@@ -67,12 +78,10 @@ class PlainBand {
     const KeyRange all = tile.seen_by_all(g * kRows, q.rows);
     bool all_have_references = find_shifts<Mask>(q);
     for (KeyRange s = tile.span(g, 0); s.begin < s.end; s = tile.span(g, s.end)) {
-      for (std::int64_t u = s.begin; u < s.end; u += kAtOnce) {
-        const int n = s.end - u < kAtOnce ? kPanel<T> : kAtOnce;
-        for (int x = 0; x < n; x += kPanel<T>) {
-          score_.scores(q.packed, 0, q.rows, keys.panels + (u + x) * key_size_, T(0),
-                        keys.first + u + x, scores_ + x, kScoreStride);
-        }
+      for (std::int64_t u = s.begin, n = 0; u < s.end; u += n) {
+        n = kAtOnce;
+        while (n > s.end - u) n /= 2;
+        find_scores(q, keys, u, n);
         const bool all_see_all = all.begin <= u && u + n <= all.end;
         if (!all_have_references) {
           find_references(q, keys.first, u, n, all_see_all, mask);
@@ -95,13 +104,26 @@ class PlainBand {
   // Weights of several parts would leave L1 until those of a block are complete; and with as many
   // products, sums may be loaded and stored more often.
   static constexpr bool kValuesAtOnce = Operand::kParts > 1;
-  static constexpr int kAtOnce = 2 * kPanel<T>;
+  static constexpr int kAtOnce = panels_at_once<Score>() * kPanel<T>;
   // Rows would else begin in the same few sets of L1.
   static constexpr std::int64_t kScoreStride = kAtOnce + kLanes<T>;
   static std::int64_t weights_stride(std::int64_t block_keys) {
     const std::int64_t keys =
         kValuesAtOnce ? smaller<std::int64_t>(kAtOnce, block_keys) : block_keys;
     return Operand::words(keys) + kLanes<T>;
+  }
+
+  void find_scores(const Queries& q, const Keys& keys, std::int64_t u, std::int64_t n) const {
+    const T* const panels = keys.panels + u * key_size_;
+    if constexpr (panels_at_once<Score>() > 2) {
+      score_.scores_of_panels(q.packed, q.rows, panels, static_cast<int>(n / kPanel<T>), scores_,
+                              kScoreStride);
+    } else {
+      for (std::int64_t x = 0; x < n; x += kPanel<T>) {
+        score_.scores(q.packed, 0, q.rows, panels + x * key_size_, T(0), keys.first + u + x,
+                      scores_ + x, kScoreStride);
+      }
+    }
   }
 
   void add_values(const Queries& q, const Keys& keys, KeyRange span, const T* weights) const {
@@ -141,7 +163,7 @@ class PlainBand {
   // very low scores waits for others.
   template <typename Mask>
   [[gnu::noinline]] void find_references(const Queries& q, std::int64_t first, std::int64_t u,
-                                         int n, bool all_see_all, Mask& mask) {
+                                         std::int64_t n, bool all_see_all, Mask& mask) {
     const auto scaled = score_.scale(!Mask::kChanges);
     for (std::int64_t r = 0; r < q.rows; r += kLanes<T>) {
       Vec<T> largest[kLanes<T>];
@@ -169,15 +191,22 @@ class PlainBand {
   }
 
   template <typename Mask>
-  void find_weights(const Queries& q, std::int64_t first, std::int64_t u, int n, bool all_see_all,
-                    Mask& mask) {
+  void find_weights(const Queries& q, std::int64_t first, std::int64_t u, std::int64_t n,
+                    bool all_see_all, Mask& mask) {
     if (all_see_all) {
-      n == kAtOnce ? weights_of<kAtOnce, true>(q, first, u, mask)
-                   : weights_of<kPanel<T>, true>(q, first, u, mask);
+      find_weights_of<kAtOnce, true>(q, first, u, n, mask);
     } else {
-      n == kAtOnce ? weights_of<kAtOnce, false>(q, first, u, mask)
-                   : weights_of<kPanel<T>, false>(q, first, u, mask);
+      find_weights_of<kAtOnce, false>(q, first, u, n, mask);
     }
+  }
+  // n is kKeys, or this halved a few times.
+  template <int kKeys, bool kAllSeeAll, typename Mask>
+  void find_weights_of(const Queries& q, std::int64_t first, std::int64_t u, std::int64_t n,
+                       Mask& mask) {
+    if constexpr (kKeys > kPanel<T>) {
+      if (n < kKeys) return find_weights_of<kKeys / 2, kAllSeeAll>(q, first, u, n, mask);
+    }
+    weights_of<kKeys, kAllSeeAll>(q, first, u, mask);
   }
 
   // Weights of kKeys keys from u; 0 for those that a row does not see, if not all see all.

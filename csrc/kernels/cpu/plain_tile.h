@@ -54,13 +54,13 @@ class PlainTile {
  public:
   using Operand = typename Gradient::Operand;
   using T = typename Operand::Scalar;
-  static std::int64_t size() { return 2 * Operand::kTileRows * kStride; }
+  static std::int64_t size() { return Operand::kTileRows * (kScoreStride + kStride); }
 
   // To work in: scratch[size()].
   PlainTile(Gradient& gradient, T* scratch, const PackedTile<Operand>& packed)
       : gradient_(gradient),
         scores_(scratch),
-        products_(scratch + Operand::kTileRows * kStride),
+        products_(scratch + Operand::kTileRows * kScoreStride),
         packed_(packed) {}
 
   // What a group of rows is multiplied by: the output's gradient along the rows, and panels.
@@ -78,9 +78,13 @@ class PlainTile {
            std::int64_t first_key, const T* lse, const T* delta) {
     const std::int64_t r = g * Operand::kTileRows;
     const KeyRange all = tile.seen_by_all(r, n);
+    std::int64_t ready = 0;  // columns up to which there are scores
     for (std::int64_t u = 0; u < tile.columns; u += kPanel<T>) {
       if (!tile.touches(g, u)) continue;
-      gradient_.scores(r, n, x.key_panels + u * x.key_words, T(0), first_key + u, scores_, kStride);
+      if (u >= ready) {
+        begin_ = u;
+        ready = find_scores(tile, g, r, n, x, first_key, u);
+      }
       multiply_rows<Operand, 2, false, true>(n, x.grad_out, x.grad_out_ld,
                                              x.value_panels + u * x.value_words, kPanel<T>,
                                              x.value_words, products_, kStride);
@@ -94,8 +98,28 @@ class PlainTile {
   }
 
  private:
+  static constexpr int kAtOnce = Gradient::kPanelsAtOnce * kPanel<T>;
   // Rows would else begin in the same few sets of L1.
   static constexpr std::int64_t kStride = kPanel<T> + kLanes<T>;
+  static constexpr std::int64_t kScoreStride = kAtOnce + kLanes<T>;
+
+  // Of the panels from column u that the group sees without a gap, as many as are made at once.
+  // Returns the column behind them.
+  std::int64_t find_scores(const TileRanges<T>& tile, std::int64_t g, std::int64_t r,
+                           std::int64_t n, const Operands& x, std::int64_t first_key,
+                           std::int64_t u) {
+    const T* const panels = x.key_panels + u * x.key_words;
+    if constexpr (kAtOnce == kPanel<T>) {
+      gradient_.scores(r, n, panels, T(0), first_key + u, scores_, kScoreStride);
+      return u + kPanel<T>;
+    } else {
+      std::int64_t end = u + kPanel<T>;
+      while (end < u + kAtOnce && end < tile.columns && tile.touches(g, end)) end += kPanel<T>;
+      const auto count = static_cast<int>((end - u) / kPanel<T>);
+      gradient_.scores_of_panels(r, n, panels, count, scores_, kScoreStride);
+      return end;
+    }
+  }
 
   template <bool kAllSeeAll>
   bool softmax(const TileRanges<T>& tile, std::int64_t r, std::int64_t n, std::int64_t u,
@@ -114,7 +138,7 @@ class PlainTile {
       const SeenColumns<T> seen(tile.begin[r + i] - u, tile.end[r + i] - u);
       const auto half = [&](int j, Vec<T>& weight, Vec<T>& gradient)
                             __attribute__((always_inline)) {
-                              Vec<T> score = load(scores_ + i * kStride + j);
+                              Vec<T> score = load(scores_ + i * kScoreStride + (u - begin_) + j);
                               if constexpr (!kAllSeeAll) score = seen.select(j, score, Vec<T>{});
                               const Vec<T> product = load(products_ + i * kStride + j);
                               const Vec<T> relative = scaled.minus(score, shift);
@@ -139,6 +163,7 @@ class PlainTile {
   }
 
   Gradient& gradient_;
+  std::int64_t begin_ = 0;  // column of the first score
   T *scores_, *products_;
   PackedTile<Operand> packed_;
 };

@@ -55,6 +55,34 @@ TSA_INLINE Vec<T> limited_score(Vec<T> score) {
   return at_least(splat(-most), at_most(splat(most), score));
 }
 
+// What a policy knows of the whole problem beside the problem itself, if it has a type Context.
+struct NoContext {};
+template <typename Policy>
+struct ContextOfPolicy {
+  using Type = NoContext;
+};
+template <typename Policy>
+  requires requires { typename Policy::Context; }
+struct ContextOfPolicy<Policy> {
+  using Type = typename Policy::Context;
+};
+template <typename Policy>
+using ContextOf = typename ContextOfPolicy<Policy>::Type;
+template <typename Policy>
+constexpr bool kHasContext = !std::is_same_v<ContextOf<Policy>, NoContext>;
+// As a member of a driver.
+template <typename Policy>
+using ContextMember = std::conditional_t<kHasContext<Policy>, const ContextOf<Policy>&, NoContext>;
+template <typename Policy, typename... Memory>
+inline Policy make_policy(const AttentionProblem& p, const ContextOf<Policy>& context,
+                          Memory... memory) {
+  if constexpr (kHasContext<Policy>) {
+    return Policy(p, context, memory...);
+  } else {
+    return Policy(p, memory...);
+  }
+}
+
 // Queries of a register tile of additive scores.
 constexpr int kScoreRows = 4;
 

@@ -122,6 +122,7 @@ class DotGradient : public DotProducts<OperandT> {
   static constexpr int kGroupRows = Score::kGroupRows;
   static constexpr bool kHasWeight = false;
   static constexpr bool kReadsQueries = true;  // as the driver has them, else as it likes
+  static constexpr int kPanelsAtOnce = 1;      // whose scores are made at once, plain_tile.h
   static constexpr std::int64_t kBlockRows = Operand::kGradientRows;
   static constexpr std::int64_t kBlockKeys = Operand::kGradientKeys;
   static std::int64_t buffer_size(std::int64_t head_dim) {

@@ -12,7 +12,7 @@
 // factors.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-constexpr int kMaxBlockRows = 128;
+constexpr int kMaxBlockRows = 256;
 
 // For every row of a query block the keys [begin, end) that it may see; end <= begin: none. Rows
 // are the queries from first_query, repeated for each head of the block.
