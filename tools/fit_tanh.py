@@ -6,10 +6,11 @@ For |x| <= X
 
     tanh x  =  slope x + sum_m amplitude[m] sin(frequency[m] x) + error(x)
 
-with `terms` sines, frequencies free. The fits minimise the largest error (weights raised where it is large: Lawson,
-Contributions to the theory of linear least maximum approximation, 1961), with a little of the error of the derivative,
-by Levenberg and Marquardt's method over the frequencies; amplitudes are linear least squares. A fit begins with that of
-the next larger interval, its frequencies scaled, so that neighbours are of one family.
+with `terms` sines, frequencies free. The fits minimise the largest error (weights raised where it
+is large: Lawson, Contributions to the theory of linear least maximum approximation, 1961), with a
+little of the error of the derivative, by Levenberg and Marquardt's method over the frequencies;
+amplitudes are linear least squares. A fit begins with that of the next larger interval, its
+frequencies scaled, so that neighbours are of one family.
 
 Needs NumPy and SciPy. --check only measures what the file says of its errors.
 """
@@ -108,7 +109,8 @@ def fit(limit, frequency):
 
 
 def fits_of(terms):
-    """Those of so many terms that are kept: (terms, limit, slope, frequencies, amplitudes), by limits."""
+    """Those of so many terms that are kept, by limits: (terms, limit, slope, frequencies,
+    amplitudes)."""
     frequency = before = None
     found = []
     for step in range(5 * STEPS_PER_OCTAVE, -1, -1):
@@ -118,12 +120,22 @@ def fits_of(terms):
             guesses = [harmonics * f for f in (0.87, 0.95, 1.05, 1.2, 1.4)]
         else:
             guesses = [frequency * (before / limit) ** p for p in (0.5, 0.8, 1.0)]
-        error, frequency, amplitude, slope = min((fit(limit, g) for g in guesses), key=lambda r: r[0])
+        error, frequency, amplitude, slope = min(
+            (fit(limit, g) for g in guesses), key=lambda r: r[0]
+        )
         before = limit
         if error < LEAST_ERROR:
             break
         if error <= MOST_ERROR:
-            found.append((terms, *(np.asarray(x, dtype=np.float32) for x in (limit, slope, frequency, amplitude))))
+            found.append(
+                (
+                    terms,
+                    *(
+                        np.asarray(x, dtype=np.float32)
+                        for x in (limit, slope, frequency, amplitude)
+                    ),
+                )
+            )
     return found[::-1]
 
 
@@ -133,10 +145,16 @@ def number(x):
 
 
 def entry(terms, limit, slope, frequency, amplitude):
-    error, derivative = errors(*(np.asarray(x, dtype=np.float64) for x in (limit, slope, frequency, amplitude)))
-    head = ", ".join([str(terms), number(limit), f"{error:.2e}f", f"{derivative:.2e}f", number(slope)])
+    error, derivative = errors(
+        *(np.asarray(x, dtype=np.float64) for x in (limit, slope, frequency, amplitude))
+    )
+    head = ", ".join(
+        [str(terms), number(limit), f"{error:.2e}f", f"{derivative:.2e}f", number(slope)]
+    )
     lists = ["{" + ", ".join(number(v) for v in values) + "}" for values in (frequency, amplitude)]
-    lines = [line for text in (f"{head},", f"{lists[0]},", lists[1]) for line in textwrap.wrap(text, 92)]
+    lines = [
+        line for text in (f"{head},", f"{lists[0]},", lists[1]) for line in textwrap.wrap(text, 92)
+    ]
     return "    {" + "\n     ".join(lines) + "},\n"
 
 
@@ -145,7 +163,10 @@ def check(path):
     text = path.read_text()
     pattern = r"\{(\d+), ([^{}]*),\s*\{([^{}]*)\},\s*\{([^{}]*)\}\}"
     rows = re.findall(pattern, text)
-    floats = lambda list_of: np.array([float(v.rstrip("f")) for v in list_of.replace("\n", " ").split(",")])
+
+    def floats(text):
+        return np.array([float(v.strip().rstrip("f")) for v in text.split(",")])
+
     for terms, head, frequency, amplitude in rows:
         limit, stated, stated_derivative, slope = floats(head)
         frequency, amplitude = floats(frequency), floats(amplitude)
@@ -153,13 +174,17 @@ def check(path):
         if len(frequency) != int(terms) or len(amplitude) != int(terms):
             sys.exit(f"fit_tanh: {terms} terms up to {limit:.3f}: wrong number of terms")
         if abs(error / stated - 1) > 0.02 or abs(derivative / stated_derivative - 1) > 0.02:
-            sys.exit(f"fit_tanh: {terms} terms up to {limit:.3f}: error {error:.2e} (stated {stated:.2e})")
+            sys.exit(
+                f"fit_tanh: {terms} terms up to {limit:.3f}: error {error:.2e}, not {stated:.2e}"
+            )
     print(f"{len(rows)} fits: errors as stated")
     return len(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=pathlib.Path, default=HEADER)
     options = parser.parse_args()

@@ -60,7 +60,7 @@ class BackwardKernel {
         const std::int64_t h = t / chunks % p_.heads;
         const std::int64_t begin = t % chunks * kPrepareRows;
         const std::int64_t end = smaller(begin + kPrepareRows, p_.query_length);
-        copy(copies_, b, h, begin, end, buffers(thread).spare);
+        if (!own_copies_) copy(copies_, b, h, begin, end, buffers(thread).spare);
         if (!failure_.raised()) prepare(b, h, begin, end);
       });
     }
@@ -128,6 +128,9 @@ class BackwardKernel {
     groups_ = larger(groups_, smaller(blocks_, (kLeastTasks + units - 1) / units));
     groups_ = larger<std::int64_t>(groups_, 1);
     mask_.plan_groups(groups_);
+    // Features are many times as large as tokens: of all heads only where these are few.
+    const bool few_heads = p_.batch * p_.heads <= larger(parallel_.threads, 1);
+    own_copies_ = groups_ == 1 || (kHasFeatures && !few_heads);
 
     copy_query_ = Gradient::kReadsQueries &&
                   Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
@@ -143,7 +146,7 @@ class BackwardKernel {
     lse_ = carver.take<T>(rows);
     norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
-    if (groups_ > 1) copies_.carve(*this, carver, p_.batch * p_.heads);
+    if (!own_copies_) copies_.carve(*this, carver, p_.batch * p_.heads);
     if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
     if (Gradient::kHasWeight) {
       weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
@@ -167,7 +170,7 @@ class BackwardKernel {
 
   // Copies of queries and of the output's gradient as the products read them, where they cannot be
   // read in place: [head][words or rows][width or words]. Of all heads, if several tasks read them;
-  // else of the heads of one key head, by its task.
+  // else (own_copies_) of the heads of one key head, by its task.
   struct Copies {
     T *query_across = nullptr, *grad_out_across = nullptr;
     T *query_along = nullptr, *grad_out_along = nullptr;  // if kPacksTwice
@@ -184,7 +187,7 @@ class BackwardKernel {
     }
   };
   std::int64_t place_of_copy(std::int64_t b, std::int64_t h) const {
-    return groups_ > 1 ? b * p_.heads + h : h % p_.group_size();
+    return own_copies_ ? h % p_.group_size() : b * p_.heads + h;
   }
 
   struct Buffers {
@@ -215,7 +218,7 @@ class BackwardKernel {
       factors = carver.take<T>(k.query_width_);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges<T>>(1);
-      if (k.groups_ == 1) copies.carve(k, carver, k.p_.kv_heads > 0 ? k.p_.group_size() : 0);
+      if (k.own_copies_) copies.carve(k, carver, k.p_.kv_heads > 0 ? k.p_.group_size() : 0);
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
@@ -398,11 +401,11 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
-        if (k.groups_ == 1) {
+        if (k.own_copies_) {
           k.copy(buffer.copies, b, h, 0, p.query_length, buffer.spare);
           if (k.failure_.raised()) return true;
-          if (zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
         }
+        if (k.groups_ == 1 && zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
         const MutableMatrix dq = k.grad_query_matrix(b, h, group);
         for (std::int64_t i = 0; i < p.query_length; ++i) {
           fill_zero(dq.data + i * dq.ld, k.query_width_);
@@ -512,7 +515,7 @@ class BackwardKernel {
               k.score_ld_};
     }
 
-    const Copies& copies() const { return k.groups_ > 1 ? k.copies_ : buffer.copies; }
+    const Copies& copies() const { return k.own_copies_ ? buffer.copies : k.copies_; }
     double* weight_sums(std::int64_t b, std::int64_t h) const {
       return k.weight_sums_ + ((b * k.p_.heads + h) * k.groups_ + group) * k.weight_size();
     }
@@ -808,6 +811,7 @@ class BackwardKernel {
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
+  bool own_copies_ = true;  // each task makes those of its key head
   mutable Failure<Operand> failure_;
 
   MaskGradient<T> mask_;
@@ -816,7 +820,7 @@ class BackwardKernel {
   T* lse_ = nullptr;               // [b][h][i] in units of log2
   T* norm_ = nullptr;              // [b][h][i]: 1, or see exact_statistics
   char* huge_ = nullptr;           // [b][h][i]: the scores of the row are huge
-  Copies copies_;                  // if groups_ > 1
+  Copies copies_;                  // unless own_copies_
   T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
   double* slope_sums_ = nullptr;   // [b][h][group]; null: not wanted

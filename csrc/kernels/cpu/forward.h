@@ -71,32 +71,11 @@ class ForwardKernel {
     Carver carver(scratch.data());
     carve(carver);
 
-    if constexpr (!Score::kInPlace) {
-      const std::int64_t heads = shared_keys_ ? p_.batch * packed_heads() : 0;
-      const std::int64_t chunks = (p_.key_length + block_keys_ - 1) / block_keys_;
-      parallel_.run(heads * chunks, [&](std::int64_t t, int thread) {
-        pack_shared(t / chunks, (t % chunks) * block_keys_, thread);
-      });
-    }
-    const bool causal = p_.window_right >= 0;
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
-    const std::int64_t together = causal ? larger<std::int64_t>(parallel_.threads, 1) : 1;
-    parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
-      const typename Operand::Session session;
-      const std::int64_t split = t % splits_;
-      const std::int64_t rest = t / splits_;
-      // A thread's next task is mostly of the same head, whose keys and values are in its cache.
-      // Causal: the last rows have the most keys, so they go first, of as many heads at a time as
-      // there are threads.
-      const std::int64_t first = rest / (together * blocks_) * together;
-      const std::int64_t count = smaller(together, units - first);
-      const std::int64_t place = rest - first * blocks_;
-      const std::int64_t block = causal ? blocks_ - 1 - place / count : place;
-      const std::int64_t head = (first + place % count) * block_heads_;
-      Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
-      task.run();
-    });
-    if (failure_.raised()) return false;
+    for (first_unit_ = 0; first_unit_ < units; first_unit_ += units_at_once_) {
+      run_units(smaller(units_at_once_, units - first_unit_));
+      if (failure_.raised()) return false;
+    }
     if (splits_ > 1) {
       const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
       const std::int64_t chunk = larger<std::int64_t>(kMergedElements / (splits_ * width_ + 1), 1);
@@ -110,6 +89,35 @@ class ForwardKernel {
   }
 
  private:
+  // `units` of heads from first_unit_ on.
+  void run_units(std::int64_t units) {
+    if constexpr (!Score::kInPlace) {
+      const std::int64_t heads =
+          shared_keys_ ? (kHasContext<Score> ? units : all_packed_heads()) : 0;
+      const std::int64_t chunks = (p_.key_length + block_keys_ - 1) / block_keys_;
+      parallel_.run(heads * chunks, [&](std::int64_t t, int thread) {
+        pack_shared(first_unit_ + t / chunks, (t % chunks) * block_keys_, thread);
+      });
+    }
+    const bool causal = p_.window_right >= 0;
+    const std::int64_t together = causal ? larger<std::int64_t>(parallel_.threads, 1) : 1;
+    parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
+      const typename Operand::Session session;
+      const std::int64_t split = t % splits_;
+      const std::int64_t rest = t / splits_;
+      // A thread's next task is mostly of the same head, whose keys and values are in its cache.
+      // Causal: the last rows have the most keys, so they go first, of as many heads at a time as
+      // there are threads.
+      const std::int64_t first = rest / (together * blocks_) * together;
+      const std::int64_t count = smaller(together, units - first);
+      const std::int64_t place = rest - first * blocks_;
+      const std::int64_t block = causal ? blocks_ - 1 - place / count : place;
+      const std::int64_t head = (first_unit_ + first + place % count) * block_heads_;
+      Task task{*this, thread, head / p_.heads, head % p_.heads, block * block_rows_, split};
+      task.run();
+    });
+  }
+
   // Sizes depend on the problem only, never on the number of threads.
   void plan() {
     width_ = padded<T>(p_.value_dim);
@@ -152,6 +160,15 @@ class ForwardKernel {
                         p_.slopes == nullptr &&
                         (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
     own_panels_ = !Score::kInPlace && !shared_keys_;
+    units_at_once_ = units;
+    if (kHasContext<Score> && shared_keys_) {
+      // Packed keys are many times as large as keys. No result depends on how many heads' there are
+      // at a time, but there must be work for all threads.
+      const std::int64_t bytes = padded_keys() * key_size() * std::int64_t{sizeof(T)};
+      const std::int64_t wanted = 4 * larger<std::int64_t>(parallel_.threads, 1);
+      units_at_once_ = larger(kPackedBytes / bytes, wanted / (blocks_ * splits_));
+      units_at_once_ = larger<std::int64_t>(smaller(units_at_once_, units), 1);
+    }
     weight_ld_ = kWeightsApart ? Operand::words(block_keys_) + kLanes<T> : score_ld_;
     copy_values_ = !Score::kInPlace && Operand::in_place(value_rows(0, 0)) == nullptr;
   }
@@ -159,8 +176,9 @@ class ForwardKernel {
   void carve(Carver& carver) {
     const std::int64_t keys = round_up(p_.key_length, kPanel<T>);
     if (shared_keys_) {
-      key_panels_ = carver.take<T>(p_.batch * packed_heads() * keys * key_size());
-      key_bounds_ = carver.take<T>(p_.batch * packed_heads() * (keys / kPanel<T>));
+      const std::int64_t heads = kHasContext<Score> ? units_at_once_ : all_packed_heads();
+      key_panels_ = carver.take<T>(heads * keys * key_size());
+      key_bounds_ = carver.take<T>(heads * (keys / kPanel<T>));
       if (copy_values_) {
         values_ = carver.take<T>(p_.batch * p_.kv_heads * Operand::words(keys) * width_);
       }
@@ -221,6 +239,11 @@ class ForwardKernel {
   }
 
   std::int64_t packed_heads() const { return Score::kKeysPerQueryHead ? p_.heads : p_.kv_heads; }
+  std::int64_t all_packed_heads() const { return p_.batch * packed_heads(); }
+  // Row of the packed keys at which those of a head begin.
+  std::int64_t place_of_keys(std::int64_t head) const {
+    return (kHasContext<Score> ? head - first_unit_ : head) * padded_keys();
+  }
   Rows key_rows(std::int64_t b, std::int64_t hk) const {
     return rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
   }
@@ -239,8 +262,9 @@ class ForwardKernel {
     const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
     Score score = make_policy<Score>(p_, context_, buffer.constants, buffer.spare);
     score.set_head(b, h);
-    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + (head * padded_keys() + j) * key_size(),
-                    key_bounds_ + (head * padded_keys() + j) / kPanel<T>);
+    const std::int64_t row = place_of_keys(head) + j;
+    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + row * key_size(),
+                    key_bounds_ + row / kPanel<T>);
     if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
       failure_.check(pack_across_rows<Operand>(
           value_rows(b, hk), j, n,
@@ -318,8 +342,8 @@ class ForwardKernel {
       }
       if (k.shared_keys_) {
         const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h0 : hk);
-        block.panels = k.key_panels_ + (head * k.padded_keys() + first) * k.key_size();
-        block.bounds = k.key_bounds_ + (head * k.padded_keys() + first) / kPanel<T>;
+        block.panels = k.key_panels_ + (k.place_of_keys(head) + first) * k.key_size();
+        block.bounds = k.key_bounds_ + (k.place_of_keys(head) + first) / kPanel<T>;
         if (k.copy_values_) {
           const std::int64_t row = (b * p.kv_heads + hk) * k.padded_keys() + first;
           block.values = k.values_ + Operand::words(row) * k.width_;
@@ -904,6 +928,7 @@ class ForwardKernel {
   }
 
   static constexpr std::int64_t kMostRows = Operand::kForwardRows > 128 ? kMaxBlockRows : 128;
+  static constexpr std::int64_t kPackedBytes = 32 << 20;
   static constexpr std::int64_t kWantedTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;
   static constexpr std::int64_t kManyHeads = 8;           // a block each keeps the threads busy
@@ -918,6 +943,7 @@ class ForwardKernel {
   std::int64_t width_ = 0;  // of a row of values and sums
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0, weight_ld_ = 0;
   std::int64_t block_heads_ = 1;  // that a row block takes the queries of
+  std::int64_t first_unit_ = 0, units_at_once_ = 0;
   std::int64_t splits_ = 1, split_keys_ = 0;
   bool shared_keys_ = false, own_panels_ = false;
   bool copy_values_ = false;

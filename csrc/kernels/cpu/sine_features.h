@@ -85,21 +85,21 @@ class SineHead {
     kVectors
   };
   static std::int64_t size(std::int64_t stride, int terms) {
-    return (terms * kVectors + 2) * stride;
+    return (std::int64_t{terms} * kVectors + 2) * stride;
   }
   SineHead(const float* data, std::int64_t stride, int terms)
       : data_(data), stride_(stride), terms_(terms) {}
 
   int terms() const { return terms_; }
   std::int64_t stride() const { return stride_; }
-  const float* vector(int m, Vector which) const {
+  const float* vector(std::int64_t m, Vector which) const {
     return data_ + (m * kVectors + which) * stride_;
   }
   TSA_INLINE VecF at(int m, Vector which, std::int64_t d) const {
     return load(vector(m, which) + d);
   }
-  const float* line() const { return data_ + terms_ * kVectors * stride_; }  // w s
-  const float* weight() const { return line() + stride_; }                   // w, never 0
+  const float* line() const { return vector(terms_, kTurns); }  // w s
+  const float* weight() const { return line() + stride_; }      // w, never 0
 
  private:
   const float* data_;
@@ -138,11 +138,12 @@ class SinePlan {
     }
     const std::int64_t size = SineHead::size(stride_, terms_);
     memory_.emplace(larger<std::int64_t>(p.batch * p.heads * size * 4, 64));
+    data_ = static_cast<float*>(memory_->data());
     parallel.run(p.batch * p.heads, [&](std::int64_t n, int) {
       const std::int64_t b = n / p.heads;
       const std::int64_t h = n % p.heads;
       const std::int64_t key_head = b * p.kv_heads + h / p.group_size();
-      fill_head(p, b, h, numbers + key_head * kNumbers * stride_, data() + n * size);
+      fill_head(p, b, h, numbers + key_head * kNumbers * stride_, data_ + n * size);
     });
     return true;
   }
@@ -165,7 +166,7 @@ class SinePlan {
   std::int64_t words() const { return terms_ * width_ + kPartWords; }
   std::int64_t elements() const { return 2 * words(); }
   SineHead head(std::int64_t b, std::int64_t h) const {
-    return {data() + (b * heads_ + h) * SineHead::size(stride_, terms_), stride_, terms_};
+    return {data_ + (b * heads_ + h) * SineHead::size(stride_, terms_), stride_, terms_};
   }
 
  private:
@@ -309,12 +310,12 @@ class SinePlan {
 
   void fill_head(const AttentionProblem& p, std::int64_t b, std::int64_t h, const float* numbers,
                  float* to) const {
-    constexpr int lanes = kLanes<float>;
+    constexpr std::int64_t lanes = kLanes<float>;
     const auto of = [&](Number which, std::int64_t d) {
       return load(numbers + which * stride_ + d);
     };
     const Fits fits(terms_);
-    float* const line = to + terms_ * SineHead::kVectors * stride_;
+    float* const line = to + SineHead::size(stride_, terms_) - 2 * stride_;
     float* const weight = line + stride_;
     fill_zero(weight, stride_);
     load_weight(p, b, h, weight);
@@ -375,17 +376,16 @@ class SinePlan {
   // counts as that: the score does not know.
   static constexpr float kLeastWeight = 0x1p-20f;
 
-  float* data() const { return static_cast<float*>(memory_->data()); }
-
   std::int64_t heads_ = 0, width_ = 0, stride_ = 0;
   int terms_ = 0;
   std::optional<Scratch> memory_;
+  float* data_ = nullptr;  // SineHead::size() for each head
   std::int64_t query_length_ = 0;
   const float *lse_ = nullptr, *grad_lse_ = nullptr;
 };
 
 // Tokens whose features are made together, lanes being tokens: two vectors of them.
-constexpr int kTokens = 2 * kLanes<float>;
+constexpr std::int64_t kTokens = std::int64_t{2} * kLanes<float>;
 
 // Which token a lane of the two vectors is of.
 enum class TokenOrder : bool {
@@ -396,7 +396,7 @@ enum class TokenOrder : bool {
 // to[d][kTokens] = elements of up to kTokens rows, 0 behind the last.
 inline void turn_tokens(const Rows& rows, std::int64_t begin, std::int64_t n, TokenOrder order,
                         float* to) {
-  constexpr int lanes = kLanes<float>;
+  constexpr std::int64_t lanes = kLanes<float>;
   static_assert(kPanel<float> == kTokens);
   pack_panel<Elements<float>>(rows, begin, n, to,
                               [](VecF x, std::int64_t /*d*/) { return usable(x); });
@@ -425,7 +425,7 @@ struct TokenFeatures {
 template <bool kIsQuery, typename Put>
 inline void make_features(const SineHead& head, std::int64_t width, const float* tokens,
                           std::int64_t words, const Put& put) {
-  constexpr int lanes = kLanes<float>;
+  constexpr std::int64_t lanes = kLanes<float>;
   VecF alone[2] = {};  // what depends on one token
   for (std::int64_t d = 0; d < width; ++d) {
     for (int x = 0; x < 2; ++x) {

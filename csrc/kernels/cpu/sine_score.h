@@ -24,8 +24,8 @@ struct SineTiles : Bfloat16Tiles {
   static constexpr std::int64_t kGradientRows = 256;
   static constexpr std::int64_t kGradientKeys = 256;
   static constexpr std::int64_t kChunkSteps = 8;  // of a sum that are multiplied at once
-  static constexpr std::int64_t kLeftStep = kTileRows * kStepWords;
-  static constexpr std::int64_t kRightStep = kStepWords * 32;
+  static constexpr std::int64_t kLeftStep = std::int64_t{kTileRows} * kStepWords;
+  static constexpr std::int64_t kRightStep = std::int64_t{kStepWords} * kPanel<float>;
 
   // scores[rows][panels x kPanel] of up to 32 rows and panels one behind the other.
   static void multiply_long(std::int64_t rows, const float* queries, const float* panels, int n,
@@ -34,7 +34,7 @@ struct SineTiles : Bfloat16Tiles {
     for (std::int64_t s = 0; s < steps; s += kChunkSteps) {
       const std::int64_t depth = smaller(kChunkSteps, steps - s) * kStepWords;
       const float* const left = queries + s * kLeftStep;
-      for (int x = 0; x < n; ++x) {
+      for (std::int64_t x = 0; x < n; ++x) {
         const float* const panel = panels + (x * steps + s) * kRightStep;
         float* const to = scores + x * kPanel<float>;
         if (s == 0) {
@@ -50,12 +50,12 @@ struct SineTiles : Bfloat16Tiles {
 
 // 16 words of kTokens tokens become a step of rows, to[kTokens][16].
 inline void turn_step(const float* words, TokenOrder order, float* to) {
-  constexpr int lanes = kLanes<float>;
+  constexpr std::int64_t lanes = kLanes<float>;
   static_assert(SineTiles::kStepWords == lanes && SineTiles::kTileRows == kTokens);
   for (int x = 0; x < 2; ++x) {
     VecF square[lanes];
 #pragma GCC unroll 16
-    for (int w = 0; w < lanes; ++w) square[w] = load(words + w * kTokens + x * lanes);
+    for (std::int64_t w = 0; w < lanes; ++w) square[w] = load(words + w * kTokens + x * lanes);
     transpose<float>(square);
     const int first = order == TokenOrder::kHalves ? x * lanes : x;
     const int distance = order == TokenOrder::kHalves ? 1 : 2;
@@ -74,7 +74,7 @@ template <bool kTransposes>
 inline void put_queries(const SineHead& head, const Rows& queries, std::int64_t begin,
                         std::int64_t n, std::int64_t words, float* scratch, float* to,
                         float* transposed) {
-  constexpr int lanes = kLanes<float>;
+  constexpr std::int64_t lanes = kLanes<float>;
   constexpr TokenOrder order = kTransposes ? TokenOrder::kPairs : TokenOrder::kHalves;
   float* const step = scratch + queries.width * kTokens;
   for (std::int64_t r = 0; r < n; r += kTokens) {
@@ -194,7 +194,7 @@ class SineGradient : public UnfinishedScores<float> {
   // keys of a panel.
   static std::int64_t buffer_size(std::int64_t elements) {
     const std::int64_t size = Score::query_size(elements);
-    return kBlockKeys * size + kBlockKeys * size / 2 + kPanel<T> * 2 * size + size / 2 * kLanes<T>;
+    return kBlockKeys * size + kBlockKeys * size / 2 + kTokens * 2 * size + size / 2 * kLanes<T>;
   }
   static std::int64_t query_size(std::int64_t /*elements*/) { return 0; }
 
@@ -300,7 +300,7 @@ class SineGradient : public UnfinishedScores<float> {
 
   // From the panels of n keys. Zeros behind the last key: nothing is multiplied by what is there.
   void put_keys_across(const T* panels, std::int64_t n) {
-    constexpr int lanes = kLanes<T>;
+    constexpr std::int64_t lanes = kLanes<T>;
     const __m512i low = interleaved(0);
     const __m512i high = interleaved(lanes);
     T* const rows = gradients_;  // [kTokens][16 words]
@@ -318,11 +318,11 @@ class SineGradient : public UnfinishedScores<float> {
     }
   }
   // Elements `first` to first + 15 of two rows, in turn.
-  static __m512i interleaved(int first) {
+  static __m512i interleaved(std::int64_t first) {
     alignas(64) std::uint16_t order[2 * kLanes<T>];
-    for (int x = 0; x < kLanes<T>; ++x) {
+    for (std::int64_t x = 0; x < kLanes<T>; ++x) {
       order[2 * x] = static_cast<std::uint16_t>(first + x);
-      order[2 * x + 1] = static_cast<std::uint16_t>(2 * kLanes<T> + first + x);
+      order[2 * x + 1] = static_cast<std::uint16_t>(kTokens + first + x);
     }
     return _mm512_load_si512(order);
   }
@@ -405,7 +405,7 @@ class SineGradient : public UnfinishedScores<float> {
 
   // The panel of keys from column u of the tile.
   void add_keys(const GradientTile<T>& tile, std::int64_t u, double* weight_sums) {
-    constexpr int lanes = kLanes<T>;
+    constexpr std::int64_t lanes = kLanes<T>;
     constexpr int halves = kPanel<T> / lanes;
     constexpr std::int64_t ld = kPanel<T>;
     const TileRanges<T>& ranges = *tile.ranges;
@@ -439,7 +439,7 @@ class SineGradient : public UnfinishedScores<float> {
     const T* const raw = key_turned_ + u * width;
     VecF total[halves];
     for (int x = 0; x < halves; ++x) {
-      total[x] = load(gradients_ + 2 * head.terms() * width * ld + x * lanes);
+      total[x] = load(gradients_ + std::int64_t{2} * head.terms() * width * ld + x * lanes);
     }
     for (std::int64_t d = 0; d < width; ++d) {  // the straight line
       const VecF line = splat(head.line()[d]);
