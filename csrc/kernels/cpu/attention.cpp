@@ -79,17 +79,32 @@ const char* sines_not_supported(const AttentionProblem& problem) {
   return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
 
-// What is made once for each token must pay off; measured on Granite Rapids.
-const char* sines_slower(const AttentionProblem& problem) {
-  if (problem.query_length < 96) return "there are few queries";
-  // That a query in the middle sees.
-  std::int64_t keys = problem.key_length;
-  if (problem.window_left >= 0 && problem.window_right >= 0) {
-    keys = std::min(keys, problem.window_left + problem.window_right + 1);
-  } else if (problem.window_left >= 0 || problem.window_right >= 0) {
-    keys /= 2;
+// How many keys a query sees, of some queries of some samples, on average.
+std::int64_t keys_seen(const AttentionProblem& p) {
+  std::int64_t sum = 0;
+  std::int64_t rows = 0;
+  for (std::int64_t b = 0; b < p.batch; b += std::max<std::int64_t>(p.batch / 8, 1)) {
+    for (const std::int64_t eighths : {1, 3, 5, 7}) {
+      const KeyRange range = key_range(p, b, p.query_length * eighths / 8);
+      sum += std::max<std::int64_t>(range.end - range.begin, 0);
+      ++rows;
+    }
   }
-  return keys < 80 ? "there are few keys" : nullptr;
+  return rows == 0 ? 0 : sum / rows;
+}
+
+// What is made once for each token must pay off, of keys for each query head; measured on Granite
+// Rapids. Blocks of wide heads are large, beside what a window leaves of them.
+const char* sines_slower(const AttentionProblem& problem) {
+  const bool wide = problem.head_dim > 64;
+  const bool grouped = problem.heads > problem.kv_heads;
+  if (problem.query_length < 128) return "there are few queries";
+  const bool window = problem.window_left >= 0 && problem.window_right >= 0;
+  std::int64_t needed = window ? 192 : 96;
+  if (wide || grouped) needed = wide && window ? 512 : 256;
+  if (keys_seen(problem) < needed) return "there are few keys";
+  if (problem.head_dim > (grouped ? 64 : 256)) return "the heads are wide";
+  return nullptr;
 }
 
 // To take elements to parts pays off where each part is multiplied often; measured with 1 to 8

@@ -1,7 +1,7 @@
 // Additive attention of bfloat16 as dot products of sines and cosines of the tokens
 // (sine_features.h), multiplied by the tile unit (amx_tiles.h). What its fits do not reach, and
-// what is not finite, is computed by AVX-512 from the start. Bound: the products of the features, 2
-// to 24 of a pair and element.
+// what is not finite, is computed by AVX-512 from the start. Bound: the products of the features, 4
+// to 20 of a pair and element.
 #define TSA_CPU_ISA amx
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/forward.h"

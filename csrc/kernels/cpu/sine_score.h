@@ -111,6 +111,12 @@ inline void put_keys(const SineHead& head, const Rows& keys, std::int64_t begin,
   }
 }
 
+// What products become scores by, in units of log2.
+inline VecF factor_of_scores(const AttentionProblem& p, const SinePlan& plan, std::int64_t b,
+                             std::int64_t h) {
+  return splat(static_cast<float>(p.scale * plan.head(b, h).unit() * Math<double>::log2e));
+}
+
 class SineScore : public UnfinishedScores<float> {
  public:
   using Operand = SineTiles;
@@ -132,11 +138,12 @@ class SineScore : public UnfinishedScores<float> {
   }
 
   SineScore(const AttentionProblem& p, const SinePlan& plan, T* /*constants*/, T* spare)
-      : p_(p), plan_(plan), size_(query_size(plan.elements())), spare_(spare) {
-    factor = splat(static_cast<T>(p.scale * Math<double>::log2e));
-  }
+      : p_(p), plan_(plan), size_(query_size(plan.elements())), spare_(spare) {}
 
-  void set_head(std::int64_t b, std::int64_t h) { b_ = b, h_ = h; }
+  void set_head(std::int64_t b, std::int64_t h) {
+    b_ = b, h_ = h;
+    factor = factor_of_scores(p_, plan_, b, h);
+  }
 
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     put_queries<false>(plan_.head(b, h), rows_of(p_.dtype, p_.query, b, h, plan_.head_dim()), i,
@@ -173,8 +180,8 @@ class SineScore : public UnfinishedScores<float> {
 // m') of a term and f(k), s(k) of the key,
 //   dq = sum_m f_m ((C + w a m') x - (F + w a n) y) + w s r,   x = sum_j G (f(k_j) + m), y alike,
 //   dk = sum_m f_m ((f + m) y - (s + n') x) + w s c,           x = sum_i G (F + w a n), y alike,
-//   w dw = sum_j (sum_m (f x + s y) + w s c k) + sum_i r (w s q + sum_m w a (m sin f q + n' cos f
-//   q))
+//   w dw = sum_j (sum_m (f x + s y) + w s c (k - mean))
+//          + sum_i r (w s (q + mean) + sum_m w a (m sin f q + n' cos f q)), mean of the keys,
 // where c = sum_i G is the product with the ones beside the parts, and r = sum_j G is known: it is
 // the gradient of the lse, 0 if there is none. (As it comes out, of an output and of G that have
 // been rounded, it would be most of dq where q and k are small.)
@@ -201,14 +208,16 @@ class SineGradient : public UnfinishedScores<float> {
   SineGradient(const AttentionProblem& p, const SinePlan& plan, T* /*constants*/, T* /*spare*/,
                T* buffer)
       : p_(p), plan_(plan), size_(Score::query_size(plan.elements())), width_(2 * size_) {
-    factor = splat(static_cast<T>(p.scale * Math<double>::log2e));
     key_across_ = buffer;
     key_turned_ = key_across_ + kBlockKeys * size_;
     gradients_ = key_turned_ + kBlockKeys * size_ / 2;
     of_weights_ = gradients_ + kPanel<T> * width_;
   }
 
-  void set_head(std::int64_t b, std::int64_t h) { b_ = b, h_ = h; }
+  void set_head(std::int64_t b, std::int64_t h) {
+    b_ = b, h_ = h;
+    factor = factor_of_scores(p_, plan_, b, h);
+  }
 
   // Features of queries as the left operand of scores, and transposed; `spare` as the score's.
   static void copy_queries(const AttentionProblem& p, const SinePlan& plan, std::int64_t b,
@@ -231,9 +240,9 @@ class SineGradient : public UnfinishedScores<float> {
   }
   static bool is_in_range() { return true; }
 
-  void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t /*rows*/,
+  void load_queries(std::int64_t b, std::int64_t h, std::int64_t /*i*/, std::int64_t /*rows*/,
                     const T* query, std::int64_t /*query_ld*/, T* /*to*/) {
-    b_ = b, h_ = h, first_query_ = i;
+    b_ = b, h_ = h;
     query_ = query;
   }
   void scores(std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/, std::int64_t /*j*/,
@@ -264,7 +273,7 @@ class SineGradient : public UnfinishedScores<float> {
         const VecF total = splat(plan_.row_sum(b, h, i));
         const VecF q = load_elements_of_row<T>(queries, i, d, n);
         VecF slope = load(head.line() + d);
-        VecF value = slope * q;
+        VecF value = slope * (q + load(head.shift() + d));
         for (int m = 0; m < head.terms(); ++m) {
           VecF sine, cosine;
           sine_and_cosine_of_turns(q * head.at(m, SineHead::kTurns, d), sine, cosine);
@@ -443,12 +452,13 @@ class SineGradient : public UnfinishedScores<float> {
     }
     for (std::int64_t d = 0; d < width; ++d) {  // the straight line
       const VecF line = splat(head.line()[d]);
+      const VecF shift = splat(head.shift()[d]);
       T* const dk = tile.grad_key + d * tile.grad_key_ld + u;
       VecF of_weight{};
       for (int x = 0; x < halves; ++x) {
         const VecF gradient = line * total[x];
         store(dk + x * lanes, load(dk + x * lanes) + gradient);
-        of_weight = fma(gradient, load(raw + d * kPanel<T> + x * lanes), of_weight);
+        of_weight = fma(gradient, load(raw + d * kPanel<T> + x * lanes) - shift, of_weight);
       }
       store(of_weights_ + d * lanes, of_weight);
     }
@@ -490,7 +500,6 @@ class SineGradient : public UnfinishedScores<float> {
   T *key_across_, *key_turned_, *gradients_, *of_weights_;
   const T* panels_ = nullptr;
   const T* query_ = nullptr;
-  std::int64_t first_query_ = 0;
   std::int64_t b_ = 0, h_ = 0;
 };
 

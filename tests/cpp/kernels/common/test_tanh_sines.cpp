@@ -33,7 +33,7 @@ TEST_CASE("fits of tanh have the errors that they state") {
     const double derivative_error = std::sqrt(squares / (points + 1));
     CHECK(derivative_error < 1.02 * static_cast<double>(fit.derivative_error));
     CHECK(derivative_error > 0.98 * static_cast<double>(fit.derivative_error));
-    // In the order in which they are looked for; further out or with fewer terms, less exact.
+    // In the order in which they are looked for; further out, less exact.
     if (before != nullptr && before->terms == fit.terms) {
       CHECK(before->limit < fit.limit);
       CHECK(before->error < fit.error);
