@@ -478,7 +478,7 @@ FAULTS = [
     ),
     Fault(
         "group: both rows of a lane drop alike",
-        "kernels/cuda/sm80/additive_group_tile.cuh",
+        "kernels/cuda/sm80/fragments.cuh",
         "first_row + (odd ? 8 : 0)",
         "first_row",
         "plain",
