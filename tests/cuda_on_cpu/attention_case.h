@@ -119,7 +119,7 @@ struct Result {
 };
 
 inline double tolerance(const Case& c) {
-  if (has_group_gradients(c)) return 4e-2;
+  if (has_group_gradients(c) || has_sines_gradients(c)) return 4e-2;
   if (is_group(c) || is_sines(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
   switch (c.dtype) {
     case DType::kFloat64: return 1e-11;
@@ -366,7 +366,7 @@ inline void run_case(const Case& c) {
       c.what != What::kGroup && c.what != What::kExponential && c.what != What::kSines;
   if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
   if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  const bool all_gradients = backward && !has_group_gradients(c);
+  const bool all_gradients = backward && !has_group_gradients(c) && !has_sines_gradients(c);
   if (all_gradients && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
   if (all_gradients && c.slopes) results.push_back(&grad_slopes);
 
@@ -414,6 +414,8 @@ inline void run_case(const Case& c) {
     }
     if (has_group_gradients(c)) {
       group.backward(backward_call(true));
+    } else if (has_sines_gradients(c)) {
+      sines.backward(backward_call(true));
     } else if (has_exponential_gradients(c)) {
       exponential.backward(backward_call(true));
     } else if (backward) {

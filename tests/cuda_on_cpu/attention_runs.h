@@ -11,7 +11,7 @@
 #include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
 #include "kernels/cuda/sm80/additive_group_workspace.h"
 #include "kernels/cuda/sm80/additive_sines.h"
-#include "kernels/cuda/sm80/additive_sines_workspace.h"
+#include "kernels/cuda/sm80/additive_sines_gradients_workspace.h"
 #include "testing.h"
 
 // What a test of attention runs: the description of a problem, and the kernels that leave a part of
@@ -55,7 +55,9 @@ enum class What {
   kExponentialGradients,
   kGroupAndExponential,
   kSines,
-  kSinesAndBackward
+  kSinesAndBackward,
+  kSinesGradients,
+  kSinesGradientsAlone
 };
 
 // How many tiles of queries a method leaves to the generic kernel; in backward how many (batch, key
@@ -103,7 +105,11 @@ inline bool has_group_gradients(const Case& c) {
 }
 
 inline bool is_sines(const Case& c) {
-  return c.what == What::kSines || c.what == What::kSinesAndBackward;
+  return c.what == What::kSines || c.what == What::kSinesAndBackward ||
+         c.what == What::kSinesGradients;
+}
+inline bool has_sines_gradients(const Case& c) {
+  return c.what == What::kSinesGradients || c.what == What::kSinesGradientsAlone;
 }
 
 inline bool is_exponential(const Case& c) {
@@ -184,6 +190,18 @@ class SinesRun {
     const auto memory = cuda::sm80::SineWorkspace::of(p, !stay, workspace.data());
     const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
     check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
+  }
+
+  void backward(const AttentionBackward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_sines_backward_not_supported(p, false, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_sines_backward_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_sines_backward(call, device_, workspace.data(), nullptr) ==
+          cudaSuccess);
+    const auto memory = cuda::sm80::SineGradientWorkspace::of(p, workspace.data(), 0);
+    const std::int64_t heads = p.batch * p.kv_heads;
+    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
   }
 
  private:

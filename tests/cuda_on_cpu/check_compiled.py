@@ -27,6 +27,7 @@ SOURCES = (
     "additive_group",
     "additive_group_backward",
     "additive_sines",
+    "additive_sines_backward",
 )
 TARGETS = ("80", "90a")
 REGISTERS = 65536  # of a multiprocessor

@@ -55,8 +55,8 @@ const Case cases[] = {
      .scale = 1,
      .out_error = 4e-3},
     // sizes: queries that stay in shared memory and queries that do not, columns of values
-    {.name = "sines one chunk", .key_length = 200, .head_dim = 5, .value_dim = 16},
-    {.name = "sines chunks filled up", .key_length = 200, .head_dim = 16, .value_dim = 8},
+    {.name = "sines few elements", .key_length = 200, .head_dim = 5, .value_dim = 16},
+    {.name = "sines 32 elements", .key_length = 200, .head_dim = 32, .value_dim = 8},
     {.name = "sines many queries",
      .heads = 1,
      .kv_heads = 1,

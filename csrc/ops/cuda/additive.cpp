@@ -87,11 +87,21 @@ void additive_sines_forward(const ForwardRequest& request, ForwardResults& resul
                                               c10::cuda::getCurrentCUDAStream()));
 }
 
-const char* additive_sines_backward_not_supported(const BackwardRequest& /*request*/) {
-  return "it has no backward: choose another implementation for that";
+const char* additive_sines_backward_not_supported(const BackwardRequest& request) {
+  return unless_by_name(kAdditiveSines,
+                        sm80::additive_sines_backward_not_supported(
+                            request.prepared.problem, request.bias_gradients, current_device()),
+                        kSinesByName);
 }
 
-void additive_sines_backward(const BackwardRequest& /*request*/, BackwardResults& /*results*/) {}
+void additive_sines_backward(const BackwardRequest& request, BackwardResults& results) {
+  const Tensor workspace = workspace_of(
+      sm80::additive_sines_backward_workspace_bytes(request.prepared.problem), request.tensors);
+  C10_CUDA_CHECK(sm80::additive_sines_backward(
+      backward_arguments(request.prepared, request.grad_output, request.grad_lse, request.output,
+                         request.lse, results),
+      current_device(), workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
 
 const char* additive_exponential_not_supported(const ForwardRequest& request) {
   return sm80::additive_exponential_not_supported(request.prepared.problem, current_device());

@@ -53,11 +53,8 @@ cudaError_t forward(const AttentionForward& call, bool resident, void* memory,
   const std::int64_t kv_heads = p.batch * p.kv_heads;
   launches.run(additive_sines_moments_kernel<T>,
                heads * workspace.query_parts + kv_heads * workspace.key_parts, kMomentsThreads,
-               4 * kMomentsThreads * static_cast<std::int64_t>(sizeof(float)), p, workspace);
-  launches.run(additive_sines_plan_kernel<T>, heads, kPlanThreads,
-               kMostSineElements * static_cast<std::int64_t>(sizeof(SineElement)) +
-                   32 * static_cast<std::int64_t>(sizeof(float)),
-               p, kFits, workspace);
+               kMomentsBytes, p, workspace);
+  launches.run(additive_sines_plan_kernel<T>, heads, kPlanThreads, kPlanBytes, p, kFits, workspace);
   launches.run(additive_sines_features_kernel<T, false>,
                heads * workspace.padded_keys / kFeaturesRows, kFeaturesThreads, 0, p, workspace);
   if (!resident) {

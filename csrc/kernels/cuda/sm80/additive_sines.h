@@ -23,6 +23,17 @@ std::int64_t additive_sines_workspace_bytes(const AttentionProblem& problem,
 cudaError_t additive_sines_forward(const AttentionForward& call, const DeviceLimits& device,
                                    void* workspace, cudaStream_t stream);
 
+// Backward of bfloat16, whichever forward left (out, lse). `bias_gradients`: those of mask or
+// slopes are asked for.
+const char* additive_sines_backward_not_supported(const AttentionProblem& problem,
+                                                  bool bias_gradients, const DeviceLimits& device);
+
+// Eleven launches; the generic kernel is among them, for the (batch, key head)s that the method
+// leaves to it. `workspace` as above.
+std::int64_t additive_sines_backward_workspace_bytes(const AttentionProblem& problem);
+cudaError_t additive_sines_backward(const AttentionBackward& call, const DeviceLimits& device,
+                                    void* workspace, cudaStream_t stream);
+
 // Whether the features of a block's queries stay in its shared memory: it is large enough.
 bool additive_sines_queries_stay(const AttentionProblem& problem, const DeviceLimits& device);
 

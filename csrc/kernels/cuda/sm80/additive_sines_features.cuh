@@ -21,7 +21,7 @@
 //   key    (cos f_m k - m,          sin f_m k - n').
 //
 // A warp takes four tokens at a time, its lanes the words of a chunk, whose vectors it loads once
-// for the four. Counts per word and token: about 24 issue slots, 2 of them MUFU; per word 7 loads.
+// for the four. Counts per word and token: about 24 issue slots, 2 of them MUFU; per word 6 loads.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 constexpr float kTurnsOfRadian = 0.159154943f;  // 1 / 2 pi
@@ -53,37 +53,43 @@ __device__ __forceinline__ float make_features(const Tokens<T>& tokens, std::int
   const int begin = within(range.begin);
   const int end = within(range.end);
   float alone[kFeatureTokens] = {};
-  int d = lane % width;
 #pragma unroll 1
-  for (int word = lane; word < words; word += kChunkWords) {
-    const auto at = [&](SineVector which) { return vectors[which * words + word]; };
-    const float turns = at(kTurns);
-    const float line = at(kLine);
-    const float query_sine = at(kQuerySine);
-    const float query_cosine = at(kQueryCosine);
-    const float a = at(kQuery ? kWeight : kKeyCosine);
-    const float b = at(kQuery ? kOfSine : kKeySine);
-    const float c = kQuery ? at(kOfCosine) : 0.0f;
+  for (int group = 0; group * kChunkWords < width; ++group) {
+    const int d = group * kChunkWords + lane;
+    int word = group * kSineTerms * kChunkWords + lane;
+    float x[kFeatureTokens];
+    const float line = vectors[kLine * words + word];
 #pragma unroll
     for (int t = 0; t < kFeatureTokens; ++t) {
-      const float x = t >= begin && t < end
-                          ? to_acc(data[t * tokens.token_stride + d * tokens.dim_stride])
-                          : 0.0f;
-      float sine, cosine;
-      sine_and_cosine_of_turns(x * turns, sine, cosine);
-      alone[t] += x * line;
-      if constexpr (kQuery) {
-        alone[t] += sine * b + cosine * c;
-        put(t, word, pack<T>(sine * a - query_sine, cosine * a - query_cosine));
-      } else {
-        const float first_feature = cosine - a;
-        const float second_feature = sine - b;
-        alone[t] += first_feature * query_sine + second_feature * query_cosine;
-        put(t, word, pack<T>(first_feature, second_feature));
+      x[t] = t >= begin && t < end && d < width
+                 ? to_acc(data[t * tokens.token_stride + d * tokens.dim_stride])
+                 : 0.0f;
+      alone[t] += x[t] * line;
+    }
+#pragma unroll 1
+    for (int term = 0; term < kSineTerms; ++term, word += kChunkWords) {
+      const auto at = [&](SineVector which) { return vectors[which * words + word]; };
+      const float turns = at(kTurns);
+      const float query_sine = at(kQuerySine);
+      const float query_cosine = at(kQueryCosine);
+      const float a = at(kQuery ? kWeight : kKeyCosine);
+      const float b = at(kQuery ? kOfSine : kKeySine);
+      const float c = kQuery ? at(kOfCosine) : 0.0f;
+#pragma unroll
+      for (int t = 0; t < kFeatureTokens; ++t) {
+        float sine, cosine;
+        sine_and_cosine_of_turns(x[t] * turns, sine, cosine);
+        if constexpr (kQuery) {
+          alone[t] += sine * b + cosine * c;
+          put(t, word, pack<T>(sine * a - query_sine, cosine * a - query_cosine));
+        } else {
+          const float first_feature = cosine - a;
+          const float second_feature = sine - b;
+          alone[t] += first_feature * query_sine + second_feature * query_cosine;
+          put(t, word, pack<T>(first_feature, second_feature));
+        }
       }
     }
-    d += kChunkWords;
-    if (d >= width) d = width >= kChunkWords ? d - width : d % width;
   }
   float mine = 0;
 #pragma unroll

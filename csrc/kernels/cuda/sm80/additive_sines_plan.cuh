@@ -23,6 +23,12 @@ constexpr float kMostDerivativeError = 8e-3f;
 // The rounding of the features costs about 2^-9 |scale| |w|_2: docs/tolerances.md.
 constexpr float kMostWeightNorm = 16;
 
+// A weight that is less than this part of all counts as that, so that its gradient can be found by
+// dividing by it.
+constexpr float kLeastWeight = 0x1p-20f;
+
+constexpr std::int64_t kMomentsBytes = 4 * kMomentsThreads * sizeof(float);
+
 // Of the numbers of an element.
 struct Moments {
   float least = kInfinity<float>;
@@ -126,6 +132,10 @@ struct SineElement {
   int fit;
 };
 
+constexpr int kPlanSums = 4;
+constexpr std::int64_t kPlanBytes =
+    kMostSineElements * sizeof(SineElement) + kPlanThreads / 32 * kPlanSums * sizeof(float);
+
 // The mean of sin and cos of f x over a normal distribution, or what is near to it.
 struct SineMeans {
   float sine, cosine;
@@ -143,8 +153,8 @@ __global__ void __launch_bounds__(kPlanThreads)
                                const __grid_constant__ SineFits fits,
                                const __grid_constant__ SineWorkspace workspace) {
   SineElement* const elements = shared_at<SineElement>(0, kMostSineElements);
-  constexpr int kSums = 4;
-  float* const sums = shared_at<float>(kMostSineElements * sizeof(SineElement), 8 * kSums);
+  float* const sums =
+      shared_at<float>(kMostSineElements * sizeof(SineElement), kPlanThreads / 32 * kPlanSums);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t batch_head = blockIdx.x;
   const std::int64_t batch = batch_head / p.heads;
@@ -152,7 +162,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   const std::int64_t kv_head = head / p.group_size();
   const auto scale = static_cast<float>(p.scale);
 
-  float norms[kSums] = {0, 0, 0, 0};  // squares of w, its magnitudes, squares of either error
+  float norms[kPlanSums] = {0, 0, 0, 0};  // squares of w, its magnitudes, squares of either error
   bool usable = true;
   if (thread < p.head_dim) {
     const std::int64_t first_head = batch * p.heads + kv_head * p.group_size();
@@ -193,6 +203,11 @@ __global__ void __launch_bounds__(kPlanThreads)
     elements[thread] = element;
   }
   sum_over_block<kPlanThreads>(norms, sums);
+  // The score does not know.
+  const float least_weight = kLeastWeight * fmaxf(1.0f, sqrtf(norms[0]));
+  if (thread < p.head_dim && fabsf(elements[thread].weight) < least_weight) {
+    elements[thread].weight = least_weight;
+  }
   // A NaN is not less than anything.
   usable = usable && norms[0] <= kMostWeightNorm * kMostWeightNorm &&
            norms[2] <= kMostScoreError * kMostScoreError &&
@@ -206,14 +221,16 @@ __global__ void __launch_bounds__(kPlanThreads)
     const auto put = [&](SineVector which, float x) {
       vectors[which * workspace.words + word] = x;
     };
-    const int term = word / width;
-    if (term >= kSineTerms) {  // features that are 0
+    const int term = word / kChunkWords % kSineTerms;
+    const int d = word / (kChunkWords * kSineTerms) * kChunkWords + word % kChunkWords;
+    if (d >= width) {  // features that are 0
       for (int which = 0; which < kSineVectors; ++which) {
-        put(static_cast<SineVector>(which), which == kKeyCosine ? 1.0f : 0.0f);
+        put(static_cast<SineVector>(which),
+            which == kKeyCosine || which == kOfElement ? 1.0f : 0.0f);
       }
       continue;
     }
-    const SineElement& element = elements[word % width];
+    const SineElement& element = elements[d];
     const TanhSines& fit = fits.fit[element.fit];
     const float frequency = fit.frequency[term];
     const float weight = element.weight * fit.amplitude[term];
@@ -228,6 +245,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     put(kKeySine, key.sine);
     put(kOfSine, weight * key.cosine);
     put(kOfCosine, weight * key.sine);
+    put(kOfElement, element.weight);
+    put(kKeyMean, element.key_mean);
   }
 }
 

@@ -10,8 +10,9 @@
 
 // Sizes of the additive score as dot products of sines, and what its kernels leave for one another.
 //
-// A pair of features is a word of two 16-bit numbers: word m E + d has term m of element d, zeros
-// behind the last. A chunk of 32 words is the unit of all loops over them: rows of 128 bytes.
+// A pair of features is a word of two 16-bit numbers, and a chunk of 32 words, 128 bytes of a
+// token, the unit of all loops over them: chunk g N + m has term m of N of the elements 32 g ... 32
+// g + 31, zeros behind the last.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 constexpr int kSineTerms = 6;
@@ -47,6 +48,8 @@ enum SineVector : int {
   kKeySine,      // n'
   kOfSine,       // scale w a_m m, what a sine of the query counts by itself
   kOfCosine,     // scale w a_m n'
+  kOfElement,    // scale w, never 0: the gradient of w is divided by it
+  kKeyMean,      // of the element
   kSineVectors
 };
 
@@ -56,6 +59,7 @@ struct SineHead {
 };
 
 struct SineWorkspace {
+  std::int64_t groups = 0;  // of 32 elements
   std::int64_t chunks = 0;
   std::int64_t words = 0;        // with those behind the last
   std::int64_t query_parts = 0;  // of the tokens, for their moments
@@ -77,9 +81,13 @@ struct SineWorkspace {
   std::int64_t bytes = 0;
 
   static SineWorkspace of(const AttentionProblem& p, bool query_features, void* memory) {
-    SineWorkspace w;
     Carver carver(memory);
-    w.chunks = (kSineTerms * p.head_dim + kChunkWords - 1) / kChunkWords;
+    return of(p, query_features, carver);
+  }
+  static SineWorkspace of(const AttentionProblem& p, bool query_features, Carver& carver) {
+    SineWorkspace w;
+    w.groups = (p.head_dim + kChunkWords - 1) / kChunkWords;
+    w.chunks = w.groups * kSineTerms;
     w.words = w.chunks * kChunkWords;
     w.query_parts = parts(p.query_length);
     w.key_parts = parts(p.key_length);

@@ -160,17 +160,17 @@ struct FragmentSoftmax {
   }
 };
 
-// Sets the weights that are dropped to 0; the others are not scaled. Two lanes need the same Philox
-// block in either of their rows: the even one draws for the first row, the odd one for the second,
-// and each gives the other two of its four numbers.
+// Which weights are kept: bits 4 n ... 4 n + 3 are of keys 2 n and 2 n + 1, first row, second row.
+// Two lanes need the same Philox block in either of their rows: the even one draws for the first
+// row, the odd one for the second, and each gives the other two of its four numbers.
 template <int K>
-__device__ __forceinline__ void drop(float (&s)[2][K], const Dropout& dropout,
-                                     const AttentionProblem& p, std::int64_t first_row,
-                                     std::int64_t first_key) {
+__device__ __forceinline__ std::uint32_t draw_kept(const Dropout& dropout,
+                                                   const AttentionProblem& p,
+                                                   std::int64_t first_row, std::int64_t first_key) {
   const int lane = thread_index_here() % 32;
   const bool odd = lane % 2 != 0;
   const std::int64_t row = first_row + (odd ? 8 : 0);
-  std::uint32_t kept = 0;  // bits 4 n ... 4 n + 3: first row, second row
+  std::uint32_t kept = 0;
 #pragma unroll 1
   for (int n = 0; n < K / 2; ++n) {
     const std::int64_t key = first_key + 8 * n + (lane % 4 / 2) * 4;
@@ -185,11 +185,24 @@ __device__ __forceinline__ void drop(float (&s)[2][K], const Dropout& dropout,
       kept |= std::uint32_t{dropout.keep(odd ? own : other)} << (4 * n + 2 + c);
     }
   }
+  return kept;
+}
+
+// Of the h-th row of the lane and its k-th key.
+__device__ __forceinline__ bool is_kept(std::uint32_t kept, int h, int k) {
+  return (kept >> (k / 2 * 4 + 2 * h + k % 2) & 1) != 0;
+}
+
+// Sets the weights that are dropped to 0; the others are not scaled.
+template <int K>
+__device__ __forceinline__ void drop(float (&s)[2][K], const Dropout& dropout,
+                                     const AttentionProblem& p, std::int64_t first_row,
+                                     std::int64_t first_key) {
+  const std::uint32_t kept = draw_kept<K>(dropout, p, first_row, first_key);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int bit = k / 2 * 4 + k % 2;
-    if ((kept >> bit & 1) == 0) s[0][k] = 0;
-    if ((kept >> (bit + 2) & 1) == 0) s[1][k] = 0;
+    if (!is_kept(kept, 0, k)) s[0][k] = 0;
+    if (!is_kept(kept, 1, k)) s[1][k] = 0;
   }
 }
 
