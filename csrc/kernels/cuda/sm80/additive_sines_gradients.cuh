@@ -47,6 +47,11 @@ __device__ __forceinline__ void store_four(float4& to, const float (&from)[4]) {
   to = {from[0], from[1], from[2], from[3]};
 }
 
+// Of the warp. Read anew by each call, as thread_index_here().
+__device__ __forceinline__ int lane_here() { return thread_index_here() % 32; }
+__device__ __forceinline__ int half_here() { return thread_index_here() / (kSineThreads / 2); }
+__device__ __forceinline__ int first_row_here() { return thread_index_here() / 32 % 4 * 32; }
+
 template <bool kKeys, int kTiles>
 __global__ void __launch_bounds__(kSineThreads, 1)
     additive_sines_gradients_kernel(const __grid_constant__ AttentionBackward call,
@@ -57,9 +62,6 @@ __global__ void __launch_bounds__(kSineThreads, 1)
   const AttentionProblem& p = call.problem;
   const SineWorkspace& sines = workspace.sines;
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int half = thread / (kSineThreads / 2);
-  const int first_row = thread / 32 % 4 * 32;  // of the warp, in the block
   const auto chunks = static_cast<int>(sines.chunks);
   const auto words = static_cast<int>(sines.words);
   const int value_chunks = static_cast<int>((p.value_dim + kChunk - 1) / kChunk);
@@ -69,10 +71,16 @@ __global__ void __launch_bounds__(kSineThreads, 1)
   float4* const statistics = shared_at<float4>(Tile::kStatisticsAt, Tile::kStatistics);
   float* const sums = shared_at<float>(Tile::kSumsAt, Tile::kSums);
   float* const weight_sums = shared_at<float>(Tile::kWeightSumsAt, Tile::kWeightSums);
+  SineOperands& here = *shared_at<SineOperands>(Tile::kOperandsAt, 1);
 
-  const auto owner = SineOwner<kKeys>::of(p, sines);
-  const std::int64_t kv_row = owner.batch * p.kv_heads + owner.kv_head;
+  int head;
+  int end_head;
+  int first_tile = 0;
+  int end_tile = 0;
+  int slice;
   {
+    const auto owner = SineOwner<kKeys>::of(p, sines);
+    const std::int64_t kv_row = owner.batch * p.kv_heads + owner.kv_head;
     bool left = false;  // any of the heads that share the keys
     const std::int64_t group = p.group_size();
     for (std::int64_t h = thread; h < group; h += kSineThreads) {
@@ -82,95 +90,90 @@ __global__ void __launch_bounds__(kSineThreads, 1)
       if (thread == 0) atomicMax(workspace.redo + kv_row, 1U);
       return;
     }
+    const KeyRange columns = owner.columns(p);
+    if (columns.begin < columns.end) {
+      first_tile = static_cast<int>(columns.begin / kSineRows);
+      end_tile = static_cast<int>((columns.end - 1) / kSineRows) + 1;
+    }
+    head = owner.first_head;
+    end_head = owner.end_head;
+    slice = owner.slice;
   }
-  const KeyRange columns = owner.columns(p);
-  const bool any = columns.begin < columns.end;
-  const int first_tile = any ? static_cast<int>(columns.begin / kSineRows) : 0;
-  const int end_tile = any ? static_cast<int>((columns.end - 1) / kSineRows) + 1 : 0;
-  const int first_group = owner.slice * kSliceGroups;
-  const int groups = max(0, min(kSliceGroups, static_cast<int>(sines.groups) - first_group));
-  const bool has_values = kKeys && owner.slice < value_chunks;
+  const int groups =
+      max(0, min(kSliceGroups, static_cast<int>(sines.groups) - slice * kSliceGroups));
+  const bool has_values = kKeys && slice < value_chunks;
   const int tile_steps = chunks + value_chunks + (has_values ? 1 : 0);
-  const std::int64_t padded_rows = kKeys ? sines.padded_keys : sines.padded_queries;
-  const std::int64_t padded_columns = kKeys ? sines.padded_queries : sines.padded_keys;
-  const KeyRange all_queries{0, p.query_length};
 
-  // Of elements, rows 16 t + 8 h, words 4 n: a thread's own, in registers only where they change.
-  float4* const gradients = shared_at<float4>(Tile::kGradientsAt, Tile::kGradients / 4) + thread;
+  const auto row_head_of = [&](int query_head) -> std::int64_t {
+    return kKeys ? query_head / p.group_size() : query_head;
+  };
+
+  // A thread's own sums, in registers only where they change: gradients of elements, rows 16 t + 8
+  // h and words 4 n, then w dw, of words 4 n, and the sums of g of the rows.
+  float4* const gradients = shared_at<float4>(Tile::kGradientsAt, Tile::kGradients) + thread;
   const auto gradients_at = [&](int g, int t, int h) -> float4& {
     return gradients[((g * 2 + t) * 2 + h) * kSineThreads];
   };
+  const auto weights_at = [&](int g) -> float4& { return gradients[(8 + g) * kSineThreads]; };
+  float4& total = gradients[10 * kSineThreads];
 #pragma unroll
-  for (int n = 0; n < kSliceGroups * 4; ++n) gradients[n * kSineThreads] = {0, 0, 0, 0};
+  for (int n = 0; n < 8; ++n) gradients[n * kSineThreads] = {0, 0, 0, 0};
   float values[2][4][4] = {};  // dv: rows 16 t, columns 8 n
   int slot = 0;
 
 #pragma unroll 1
-  for (int head = owner.first_head; head < owner.end_head; ++head) {
-    const std::int64_t query_row = owner.batch * p.heads + head;
-    const std::int64_t row_row = kKeys ? kv_row : query_row;
-    const std::int64_t column_row = kKeys ? query_row : kv_row;
-    const float* const vectors = sines.vectors + query_row * kSineVectors * words;
+  for (; head < end_head; ++head) {
+    if (thread == 0) {
+      here = SineOperands::of(call, workspace, SineOwner<kKeys>::of(p, sines), head);
+    }
+    __syncthreads();
     if (thread < kSineRows) {
-      terms[thread] =
-          (kKeys ? sines.key_terms
-                 : sines.query_terms)[query_row * padded_rows + owner.first_row() + thread];
-      if constexpr (!kKeys) {
-        statistics[thread] =
-            workspace.statistics[query_row * padded_rows + owner.first_row() + thread];
-      }
+      const std::int64_t padded = kKeys ? sines.padded_keys : sines.padded_queries;
+      const std::int64_t row = here.query_row * padded + here.first_row + thread;
+      terms[thread] = (kKeys ? sines.key_terms : sines.query_terms)[row];
+      if constexpr (!kKeys) statistics[thread] = workspace.statistics[row];
     }
 
     // Starts to load what a step needs of `count` tiles from `tile` on.
     const auto load = [&](int tile, int count, int step, int to_slot) {
       T* const to = slots + to_slot * Tile::kSlotNumbers;
-      const std::uint32_t* const rows = (kKeys ? sines.key_features : sines.query_features) +
-                                        (row_row * padded_rows + owner.first_row()) * words;
-      const std::uint32_t* const across =
-          (kKeys ? sines.query_features : sines.key_features) + column_row * padded_columns * words;
       const int of_tiles = count * tile_steps;
       if (step >= of_tiles) {
-        const int first_word = (first_group * kSineTerms + step - of_tiles) * kChunkWords;
+        const int first_word = (slice * kSliceGroups * kSineTerms + step - of_tiles) * kChunkWords;
+#pragma unroll 1
         for (int n = 0; n < count; ++n) {
-          copy_features<kSineRows>(to + n * Tile::kChunkNumbers,
-                                   across + std::int64_t{tile + n} * kSineRows * words + first_word,
-                                   words);
+          copy_features<kSineRows>(
+              to + n * Tile::kChunkNumbers,
+              here.columns + std::int64_t{tile + n} * kSineRows * words + first_word, words);
         }
-        copy_features<kSineRows>(to + kTiles * Tile::kChunkNumbers, rows + first_word, words);
+        copy_features<kSineRows>(to + kTiles * Tile::kChunkNumbers, here.rows + first_word, words);
       } else {
         const bool second = step >= tile_steps;
         const int rest = second ? step - tile_steps : step;
         const std::int64_t first = std::int64_t{tile + (second ? 1 : 0)} * kSineRows;
         if (rest < chunks) {
-          copy_features<kSineRows>(to, across + first * words + rest * kChunkWords, words);
-          copy_features<kSineRows>(to + Tile::kChunkNumbers, rows + rest * kChunkWords, words);
+          copy_features<kSineRows>(to, here.columns + first * words + rest * kChunkWords, words);
+          copy_features<kSineRows>(to + Tile::kChunkNumbers, here.rows + rest * kChunkWords, words);
           const int at = second ? kSineRows : 0;
           const int index = thread_index_here();
           if (rest == 0 && index < kSineRows / 4) {
-            cp_async16(terms + kSineRows + at + 4 * index,
-                       (kKeys ? sines.query_terms : sines.key_terms) + query_row * padded_columns +
-                           first + 4 * index);
+            cp_async16(terms + kSineRows + at + 4 * index, here.terms + first + 4 * index);
           }
           if (kKeys && rest == 0 && index < kSineRows) {
-            cp_async16(statistics + at + index,
-                       workspace.statistics + query_row * padded_columns + first + index);
+            cp_async16(statistics + at + index, here.statistics + first + index);
           }
         } else {
-          const int chunk = rest - chunks < value_chunks ? rest - chunks : owner.slice;
-          const auto grad_out = Tokens<T>::of(call.grad_out, owner.batch, head);
-          const auto value = Tokens<T>::of(p.value, owner.batch, owner.kv_head);
-          const KeyRange keys = key_range(p, owner.batch);
-          copy_values(to, kKeys ? grad_out : value, first, kKeys ? all_queries : keys,
-                      std::int64_t{chunk} * kChunk, p.value_dim);
-          copy_values(to + Tile::kChunkNumbers, kKeys ? value : grad_out, owner.first_row(),
-                      kKeys ? keys : all_queries, std::int64_t{chunk} * kChunk, p.value_dim);
+          const int chunk = rest - chunks < value_chunks ? rest - chunks : slice;
+          const std::int64_t column = std::int64_t{chunk} * kChunk;
+          copy_values(to, here.column_values, first, here.column_range, column, p.value_dim);
+          copy_values(to + Tile::kChunkNumbers, here.row_values, here.first_row, here.row_range,
+                      column, p.value_dim);
         }
       }
       cp_async_commit();
     };
 
-    float of_weight[kSliceGroups][4] = {};  // w dw, of words 4 n
-    float total[2][2] = {};                 // sums of g: rows 16 t + 8 h
+    weights_at(0) = weights_at(1) = total = {0, 0, 0, 0};
     if (first_tile < end_tile) load(first_tile, min(kTiles, end_tile - first_tile), 0, slot);
 #pragma unroll 1
     for (int tile = first_tile; tile < end_tile; tile += kTiles) {
@@ -200,25 +203,26 @@ __global__ void __launch_bounds__(kSineThreads, 1)
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
           const T* const from = begin_step();
-          multiply_features<T>(s, from + Tile::kChunkNumbers + first_row * kChunk,
-                               from + half * kWarpKeys * kChunk);
+          multiply_features<T>(s, from + Tile::kChunkNumbers + first_row_here() * kChunk,
+                               from + half_here() * kWarpKeys * kChunk);
         }
 #pragma unroll 1
         for (int chunk = 0; chunk < value_chunks; ++chunk) {
           const T* const from = begin_step();
-          multiply_features<T>(dp, from + Tile::kChunkNumbers + first_row * kChunk,
-                               from + half * kWarpKeys * kChunk);
+          multiply_features<T>(dp, from + Tile::kChunkNumbers + first_row_here() * kChunk,
+                               from + half_here() * kWarpKeys * kChunk);
         }
-        T* const of_tile = pairs + (n * 2 + half) * Tile::kChunkNumbers;
+        T* const of_tile = pairs + (n * 2 + half_here()) * Tile::kChunkNumbers;
         const auto put_pairs = [&](const std::uint32_t (&packed)[2][2][K]) {
+          const int row = first_row_here() + lane_here() / 4;
+          const int column = lane_here() % 4 * 2;
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
 #pragma unroll
               for (int k = 0; k < K; ++k) {
-                const int row = first_row + t * 16 + h * 8 + thread_index_here() % 32 / 4;
-                T* const to = of_tile + at_piece(row, k) + thread_index_here() % 4 * 2;
+                T* const to = of_tile + at_piece(row + t * 16 + h * 8, k) + column;
                 *reinterpret_cast<std::uint32_t*>(to) = packed[t][h][k];
               }
             }
@@ -227,14 +231,13 @@ __global__ void __launch_bounds__(kSineThreads, 1)
         std::uint32_t weights[2][2][K];  // p f, of keys
         std::uint32_t changes[2][2][K];  // g
         const std::int64_t first_column = std::int64_t{tile + n} * kSineRows;
-        const bool has_bias =
-            p.mask_kind != MaskKind::kNone || p.slopes != nullptr ||
-            !all_are_allowed(p, owner.batch, kKeys ? first_column : owner.first_row(),
-                             kKeys ? owner.first_row() : first_column);
+        const bool has_bias = p.mask_kind != MaskKind::kNone || p.slopes != nullptr ||
+                              !all_are_allowed(p, here.batch, kKeys ? first_column : here.first_row,
+                                               kKeys ? here.first_row : first_column);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const int row = first_row + t * 16 + thread_index_here() % 32 / 4;
-          const int column = half * kWarpKeys + thread_index_here() % 4 * 2;
+          const int row = first_row_here() + t * 16 + lane_here() / 4;
+          const int column = half_here() * kWarpKeys + lane_here() % 4 * 2;
           const float* const of_columns = terms + kSineRows * (1 + n) + column;
 #pragma unroll
           for (int k = 0; k < K; ++k) {
@@ -246,14 +249,14 @@ __global__ void __launch_bounds__(kSineThreads, 1)
               s[t][k][2 * h + 1] += of_column.y + of_row;
             }
           }
-          const std::int64_t query = kKeys ? first_column + column : owner.first_row() + row;
-          const std::int64_t key = kKeys ? owner.first_row() + row : first_column + column;
-          if (has_bias) add_biases<kKeys>(s[t], p, owner.batch, head, query, key);
+          const std::int64_t query = kKeys ? first_column + column : here.first_row + row;
+          const std::int64_t key = kKeys ? here.first_row + row : first_column + column;
+          if (has_bias) add_biases<kKeys>(s[t], p, here.batch, here.head, query, key);
           std::uint32_t kept = ~0U;
           float kept_scale = 1;
           if (p.dropout_p > 0) {
             const auto dropout = Dropout::make(p.dropout_p, p.philox_state);
-            kept = draw_kept_pairs<kKeys>(dropout, p, query_row * p.query_length, query, key);
+            kept = draw_kept_pairs<kKeys>(dropout, p, here.query_row * p.query_length, query, key);
             kept_scale = static_cast<float>(dropout.keep_scale);
           }
 #pragma unroll
@@ -281,10 +284,12 @@ __global__ void __launch_bounds__(kSineThreads, 1)
         if (has_values) {
           put_pairs(weights);
           const T* const from = begin_step();
+#pragma unroll 1
           for (int columns_half = 0; columns_half < 2; ++columns_half) {
             multiply_pairs(
-                values, pairs + (n * 2 + columns_half) * Tile::kChunkNumbers + first_row * kChunk,
-                from + columns_half * kWarpKeys * kChunk, half);
+                values,
+                pairs + (n * 2 + columns_half) * Tile::kChunkNumbers + first_row_here() * kChunk,
+                from + columns_half * kWarpKeys * kChunk, half_here());
           }
           __syncthreads();  // nobody reads p any more
         }
@@ -298,7 +303,9 @@ __global__ void __launch_bounds__(kSineThreads, 1)
             float sum = row_sums[t][h];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            if (lane % 4 == 0) sums[half * kSineRows + first_row + t * 16 + h * 8 + lane / 4] = sum;
+            if (lane_here() % 4 == 0)
+              sums[half_here() * kSineRows + first_row_here() + t * 16 + h * 8 + lane_here() / 4] =
+                  sum;
           }
         }
       }
@@ -307,33 +314,37 @@ __global__ void __launch_bounds__(kSineThreads, 1)
       for (int g = 0; g < kSliceGroups; ++g) {
         if (g >= groups) continue;
         float of_group[2][2][4];
+        float of_weight[4];
+        load_four(of_weight, weights_at(g));
         for_each_row([&](int t, int h) { load_four(of_group[t][h], gradients_at(g, t, h)); });
 #pragma unroll 1
         for (int term = 0; term < kSineTerms; ++term) {
           const T* const from = begin_step();
           float xy[2][4][4] = {};
+#pragma unroll 1
           for (int n = 0; n < 2 * count; ++n) {
-            multiply_pairs(xy, pairs + n * Tile::kChunkNumbers + first_row * kChunk,
-                           from + n * kWarpKeys * kChunk, half);
+            multiply_pairs(xy, pairs + n * Tile::kChunkNumbers + first_row_here() * kChunk,
+                           from + n * kWarpKeys * kChunk, half_here());
           }
           const T* const row_features = from + kTiles * Tile::kChunkNumbers;
+          const int half = half_here();
+          const int lane = lane_here();
+          const int first = first_row_here() + lane / 4;
           const int word = half * 16 + lane % 4;
           const float* const of_word =
-              vectors + ((first_group + g) * kSineTerms + term) * kChunkWords + word;
+              here.vectors + ((slice * kSliceGroups + g) * kSineTerms + term) * kChunkWords + word;
           float of_rows[2][2];  // sums of g that belong to these columns
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int row = first_row + t * 16 + h * 8 + lane / 4;
-              if constexpr (kKeys) {
-                of_rows[t][h] = sums[row] + sums[kSineRows + row];
-                if (g == 0 && term == 0) total[t][h] += of_rows[t][h];
-              } else {
-                of_rows[t][h] = tile == first_tile ? statistics[row].w : 0.0f;
-                total[t][h] = statistics[row].w;
-              }
-            }
+          for_each_row([&](int t, int h) {
+            const int row = first + t * 16 + h * 8;
+            of_rows[t][h] = kKeys                ? sums[row] + sums[kSineRows + row]
+                            : tile == first_tile ? statistics[row].w
+                                                 : 0.0f;
+          });
+          if (g == 0 && term == 0) {
+            float so_far[4];
+            load_four(so_far, total);
+            for_each_row([&](int t, int h) { so_far[2 * t + h] += of_rows[t][h]; });
+            store_four(total, so_far);
           }
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -347,11 +358,11 @@ __global__ void __launch_bounds__(kSineThreads, 1)
             for (int t = 0; t < 2; ++t) {
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
-                const int row = first_row + t * 16 + h * 8 + lane / 4;
+                const int row = first + t * 16 + h * 8;
                 const auto features = *reinterpret_cast<const __nv_bfloat162*>(
                     row_features + at_piece(row, half * 4 + n) + lane % 4 * 2);
-                const float first = __bfloat162float(features.x);
-                const float second = __bfloat162float(features.y);
+                const float first_feature = __bfloat162float(features.x);
+                const float second_feature = __bfloat162float(features.y);
                 const float sum = of_rows[t][h];
                 float x = xy[t][n][2 * h];
                 float y = xy[t][n][2 * h + 1];
@@ -359,45 +370,47 @@ __global__ void __launch_bounds__(kSineThreads, 1)
                 if constexpr (kKeys) {
                   x += sum * query_sine;
                   y += sum * query_cosine;
-                  gradient += frequency * ((first + key_cosine) * y - (second + key_sine) * x);
-                  of_weight[g][n] += first * x + second * y;
+                  gradient += frequency *
+                              ((first_feature + key_cosine) * y - (second_feature + key_sine) * x);
+                  of_weight[n] += first_feature * x + second_feature * y;
                 } else {
                   x += sum * key_cosine;
                   y += sum * key_sine;
-                  const float sine = first + query_sine;
-                  const float cosine = second + query_cosine;
+                  const float sine = first_feature + query_sine;
+                  const float cosine = second_feature + query_cosine;
                   gradient += frequency * (cosine * x - sine * y);
-                  of_weight[g][n] += sum * (sine * key_cosine + cosine * key_sine);
+                  of_weight[n] += sum * (sine * key_cosine + cosine * key_sine);
                 }
               }
             }
           }
         }
+        store_four(weights_at(g), of_weight);
         for_each_row([&](int t, int h) { store_four(gradients_at(g, t, h), of_group[t][h]); });
       }
     }
 
     // The straight line, and the part of w dw.
-    const auto tokens =
-        Tokens<T>::of(kKeys ? p.key : p.query, owner.batch, kKeys ? owner.kv_head : head);
-    const KeyRange rows_of_head = kKeys ? key_range(p, owner.batch) : all_queries;
+    const auto tokens = Tokens<T>::of(kKeys ? p.key : p.query, here.batch, row_head_of(head));
+
 #pragma unroll
     for (int g = 0; g < kSliceGroups; ++g) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const int word = half * 16 + 4 * n + lane % 4;
-        const int d = (first_group + g) * kChunkWords + word;
-        float& sum = of_weight[g][n];
+        const int word = half_here() * 16 + 4 * n + lane_here() % 4;
+        const int d = (slice * kSliceGroups + g) * kChunkWords + word;
+        float sum = reinterpret_cast<const float*>(&weights_at(g))[n];
         if (d < p.head_dim) {
           const float* const at_word =
-              vectors + (first_group + g) * kSineTerms * kChunkWords + word;
+              here.vectors + (slice * kSliceGroups + g) * kSineTerms * kChunkWords + word;
           const float line = at_word[kLine * words];
           // sum_j c k = sum_j c (k - mean) + mean sum_i r: c is rounded, and may be of large k.
           const float mean = at_word[kKeyMean * words];
           for_each_row([&](int t, int h) {
-            const std::int64_t token = owner.first_row() + first_row + t * 16 + h * 8 + lane / 4;
-            if (token < rows_of_head.begin || token >= rows_of_head.end) return;
-            const float of_line = line * total[t][h];
+            const std::int64_t token =
+                here.first_row + first_row_here() + t * 16 + h * 8 + lane_here() / 4;
+            if (token < here.row_range.begin || token >= here.row_range.end) return;
+            const float of_line = line * reinterpret_cast<const float*>(&total)[2 * t + h];
             reinterpret_cast<float*>(&gradients_at(g, t, h))[n] += of_line;
             const float x =
                 to_acc(tokens.data[token * tokens.token_stride + d * tokens.dim_stride]);
@@ -406,39 +419,44 @@ __global__ void __launch_bounds__(kSineThreads, 1)
         }
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-        if (lane < 4) weight_sums[thread / 32 % 4 * kSliceElements + g * kChunkWords + word] = sum;
+        if (lane_here() < 4)
+          weight_sums[thread / 32 % 4 * kSliceElements + g * kChunkWords + word] = sum;
       }
     }
     __syncthreads();
-    const std::int64_t d = first_group * kChunkWords + thread;
+    const std::int64_t d = slice * kSliceGroups * kChunkWords + thread;
     if (thread < kSliceElements && d < p.head_dim) {
       float sum = 0;
       for (int n = 0; n < 4; ++n) sum += weight_sums[n * kSliceElements + thread];
-      const std::int64_t part = (kKeys ? sines.padded_queries / kSineRows : 0) + owner.row_tile;
-      workspace.weight_parts[(query_row * workspace.weight_parts_of_head + part) * p.head_dim + d] =
+      const std::int64_t part =
+          (kKeys ? sines.padded_queries / kSineRows : 0) + here.first_row / kSineRows;
+      workspace
+          .weight_parts[(here.query_row * workspace.weight_parts_of_head + part) * p.head_dim + d] =
           sum;
     }
     __syncthreads();
   }
 
   const std::int64_t length = kKeys ? p.key_length : p.query_length;
-  const int row_head = kKeys ? owner.kv_head : owner.first_head;
+  const std::int64_t row_head = row_head_of(here.head);
   bool finite = true;
   const auto store_one = [&](const View& view, std::int64_t token, std::int64_t d, float x) {
     finite = finite && fabsf(x) <= kLargest<float>;
-    store<T>(view, owner.batch, row_head, token, d, x);
+    store<T>(view, here.batch, row_head, token, d, x);
   };
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const std::int64_t token = owner.first_row() + first_row + t * 16 + h * 8 + lane / 4;
+      const std::int64_t token =
+          here.first_row + first_row_here() + t * 16 + h * 8 + lane_here() / 4;
       if (token >= length) continue;
 #pragma unroll
       for (int g = 0; g < kSliceGroups; ++g) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const int d = (first_group + g) * kChunkWords + half * 16 + 4 * n + lane % 4;
+          const int d =
+              (slice * kSliceGroups + g) * kChunkWords + half_here() * 16 + 4 * n + lane_here() % 4;
           if (d < p.head_dim) {
             store_one(kKeys ? call.grad_key : call.grad_query, token, d,
                       (&gradients_at(g, t, h).x)[n]);
@@ -450,14 +468,16 @@ __global__ void __launch_bounds__(kSineThreads, 1)
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int d = owner.slice * kChunk + half * 32 + n * 8 + lane % 4 * 2 + i;
+            const int d = slice * kChunk + half_here() * 32 + n * 8 + lane_here() % 4 * 2 + i;
             if (d < p.value_dim) store_one(call.grad_value, token, d, values[t][n][2 * h + i]);
           }
         }
       }
     }
   }
-  if (__syncthreads_and(finite) == 0 && thread == 0) atomicMax(workspace.redo + kv_row, 1U);
+  if (__syncthreads_and(finite) == 0 && thread == 0) {
+    atomicMax(workspace.redo + here.batch * p.kv_heads + here.head / p.group_size(), 1U);
+  }
 }
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

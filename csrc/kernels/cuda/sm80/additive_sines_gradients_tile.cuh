@@ -18,6 +18,7 @@ using SineNumber = __nv_bfloat16;
 // of the rows.
 template <int kTiles>
 struct SineGradientTile {
+  static constexpr std::uint32_t kOperandBytes = 256;
   static constexpr std::uint32_t kChunkBytes = kSineRows * kRowBytes;
   static constexpr std::uint32_t kSlotBytes = (kTiles + 1) * kChunkBytes;
   static constexpr std::uint32_t kSlotNumbers = kSlotBytes / sizeof(SineNumber);
@@ -25,8 +26,8 @@ struct SineGradientTile {
   static constexpr std::uint32_t kPairsAt = 2 * kSlotBytes;
   static constexpr std::uint32_t kPairNumbers = kTiles * 2 * kChunkNumbers;
   static constexpr std::uint32_t kGradientsAt = kPairsAt + kPairNumbers * sizeof(SineNumber);
-  static constexpr std::uint32_t kGradients = kSineRows * kSliceElements;
-  static constexpr std::uint32_t kTermsAt = kGradientsAt + kGradients * sizeof(float);
+  static constexpr std::uint32_t kGradients = kSineThreads * 11;
+  static constexpr std::uint32_t kTermsAt = kGradientsAt + kGradients * sizeof(float4);
   static constexpr std::uint32_t kTerms = 3 * kSineRows;  // of the rows, of two tiles of columns
   static constexpr std::uint32_t kStatisticsAt = kTermsAt + kTerms * sizeof(float);
   static constexpr std::uint32_t kStatistics = 2 * kSineRows;
@@ -34,7 +35,8 @@ struct SineGradientTile {
   static constexpr std::uint32_t kSums = 2 * kSineRows;
   static constexpr std::uint32_t kWeightSumsAt = kSumsAt + kSums * sizeof(float);
   static constexpr std::uint32_t kWeightSums = 4 * kSliceElements;
-  static constexpr std::uint32_t kSharedBytes = kWeightSumsAt + kWeightSums * sizeof(float);
+  static constexpr std::uint32_t kOperandsAt = kWeightSumsAt + kWeightSums * sizeof(float);
+  static constexpr std::uint32_t kSharedBytes = kOperandsAt + kOperandBytes;
 };
 
 // What a block owns: rows of a (batch, head), or of a (batch, key head), and a slice of their
@@ -83,6 +85,58 @@ struct SineOwner {
     return queries;
   }
 };
+
+// Where a block finds what it loads, for a head. In shared memory: registers are scarce.
+struct alignas(16) SineOperands {
+  std::int64_t batch;
+  std::int64_t query_row;  // (batch, head)
+  std::int64_t first_row;
+  const float* vectors;
+  const std::uint32_t* rows;     // features of the block's rows
+  const std::uint32_t* columns;  // of all columns
+  const float* terms;            // of these
+  const float4* statistics;
+  Tokens<SineNumber> row_values;  // or gradients of the output
+  Tokens<SineNumber> column_values;
+  KeyRange row_range;  // that exists
+  KeyRange column_range;
+  int head;
+
+  template <bool kKeys>
+  static __device__ __forceinline__ SineOperands of(const AttentionBackward& call,
+                                                    const SineGradientWorkspace& workspace,
+                                                    const SineOwner<kKeys>& owner, int head) {
+    const AttentionProblem& p = call.problem;
+    const SineWorkspace& sines = workspace.sines;
+    const std::int64_t query_row = owner.batch * p.heads + head;
+    const std::int64_t kv_row = owner.batch * p.kv_heads + owner.kv_head;
+    const auto grad_out = Tokens<SineNumber>::of(call.grad_out, owner.batch, head);
+    const auto value = Tokens<SineNumber>::of(p.value, owner.batch, owner.kv_head);
+    const std::uint32_t* const queries =
+        sines.query_features + query_row * sines.padded_queries * sines.words;
+    const std::uint32_t* const keys = sines.key_features + kv_row * sines.padded_keys * sines.words;
+    const KeyRange all_queries{0, p.query_length};
+    const KeyRange all_keys = key_range(p, owner.batch);
+    SineOperands operands{};
+    operands.batch = owner.batch;
+    operands.query_row = query_row;
+    operands.first_row = owner.first_row();
+    operands.vectors = sines.vectors + query_row * kSineVectors * sines.words;
+    operands.rows = (kKeys ? keys : queries) + owner.first_row() * sines.words;
+    operands.columns = kKeys ? queries : keys;
+    operands.terms = kKeys ? sines.query_terms + query_row * sines.padded_queries
+                           : sines.key_terms + query_row * sines.padded_keys;
+    operands.statistics = workspace.statistics + query_row * sines.padded_queries;
+    operands.row_values = kKeys ? value : grad_out;
+    operands.column_values = kKeys ? grad_out : value;
+    operands.row_range = kKeys ? all_keys : all_queries;
+    operands.column_range = kKeys ? all_queries : all_keys;
+    operands.head = head;
+    return operands;
+  }
+};
+
+static_assert(sizeof(SineOperands) <= SineGradientTile<1>::kOperandBytes);
 
 // Whether all pairs of a tile are allowed, the mask aside.
 __device__ __forceinline__ bool all_are_allowed(const AttentionProblem& p, std::int64_t batch,
