@@ -17,8 +17,11 @@ static_assert(kPlanThreads >= kMostSineElements);
 
 // Beyond this an element has more turns than sines are good for.
 constexpr float kMostInput = 512;
-// Of a score, by the fits, as the root of the sum of its squares; of its derivative relative to w.
+// Of a score, by the fits, as the root of the sum of its squares: that, or for bfloat16 so much
+// relative to scale |w|_2, of which rounded features lose as much. And of its derivative relative
+// to w.
 constexpr float kMostScoreError = 2e-3f;
+constexpr float kMostRelativeError = 1e-3f;
 constexpr float kMostDerivativeError = 8e-3f;
 // The rounding of the features costs about 2^-9 |scale| |w|_2: docs/tolerances.md.
 constexpr float kMostWeightNorm = 16;
@@ -208,9 +211,11 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (thread < p.head_dim && fabsf(elements[thread].weight) < least_weight) {
     elements[thread].weight = least_weight;
   }
+  constexpr float relative = std::is_same_v<T, __nv_bfloat16> ? kMostRelativeError : 0.0f;
+  const float most_squares =
+      fmaxf(kMostScoreError * kMostScoreError, relative * relative * norms[0]);
   // A NaN is not less than anything.
-  usable = usable && norms[0] <= kMostWeightNorm * kMostWeightNorm &&
-           norms[2] <= kMostScoreError * kMostScoreError &&
+  usable = usable && norms[0] <= kMostWeightNorm * kMostWeightNorm && norms[2] <= most_squares &&
            norms[3] <= kMostDerivativeError * kMostDerivativeError * norms[0];
   usable = __syncthreads_and(usable) != 0;
   if (thread == 0) workspace.heads[batch_head] = {norms[1], usable ? 0u : 1u};
