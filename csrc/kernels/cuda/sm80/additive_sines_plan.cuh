@@ -18,10 +18,10 @@ static_assert(kPlanThreads >= kMostSineElements);
 // Beyond this an element has more turns than sines are good for.
 constexpr float kMostInput = 512;
 // Of a score, by the fits, as the root of the sum of its squares: that, or for bfloat16 so much
-// relative to scale |w|_2, of which rounded features lose as much. And of its derivative relative
-// to w.
+// relative to scale |w|_2 (of which the rounding of the features costs 3.5e-4 at normal inputs, as
+// a mean). And of its derivative, relative to w.
 constexpr float kMostScoreError = 2e-3f;
-constexpr float kMostRelativeError = 1e-3f;
+constexpr float kMostRelativeError = 1.5e-3f;
 constexpr float kMostDerivativeError = 8e-3f;
 // The rounding of the features costs about 2^-9 |scale| |w|_2: docs/tolerances.md.
 constexpr float kMostWeightNorm = 16;
