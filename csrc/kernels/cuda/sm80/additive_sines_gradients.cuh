@@ -30,7 +30,7 @@
 //
 // Counts at E = Ev = 64 for 128 rows, 256 columns: MMA 12288 of scores, 1024 of dP, 12288 of x, y
 // (1024 of dv). Shared memory reads 192 bytes for an MMA of scores, 256 for one of x, y, takes in
-// 1.3 MB; the sums cost about 12 issue slots of a warp per word of its 32 lanes.
+// 1.4 MB; the sums cost about 12 issue slots of a warp per word of its 32 lanes.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
 // f(t, h) for the lane's rows 16 t + 8 h.
