@@ -16,6 +16,7 @@ MASKS = ("none", "causal", "bool", "float", "lengths", "slopes")
 # Implementations that something is put before: the scores and dtypes that they have.
 BY_NAME = {
     "additive_group": ("additive", (torch.float16, torch.bfloat16)),
+    "additive_sines": ("additive", (torch.float16, torch.bfloat16)),
     "additive_exponential": ("additive", tuple(TOLERANCE)),
 }
 

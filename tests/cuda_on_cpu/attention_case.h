@@ -119,8 +119,8 @@ struct Result {
 };
 
 inline double tolerance(const Case& c) {
-  if (has_group_gradients(c)) return 4e-2;
-  if (is_group(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
+  if (has_group_gradients(c) || has_sines_gradients(c)) return 4e-2;
+  if (is_group(c) || is_sines(c)) return 3e-2;  // bfloat16 inside, whatever the inputs
   switch (c.dtype) {
     case DType::kFloat64: return 1e-11;
     case DType::kFloat32: return 1e-5;
@@ -261,6 +261,11 @@ inline void run_case(const Case& c) {
       for (std::int64_t h = 0; h < Hk; ++h) key.set_row(0, h, 0, -2);
       break;
     case Special::kNanMask: reference::store(mask_dtype, mask.host.data(), 3 * Lk + 5, nan); break;
+    case Special::kZeroWeights:
+      for (std::int64_t n = 0; n < weight.count(); n += 2) {
+        reference::store(c.dtype, weight.host.data(), n, 0);
+      }
+      break;
     case Special::kRange:
       for (std::int64_t b = 0; b < B; ++b) {
         const auto at = [&](std::int64_t n, std::int64_t count) {
@@ -357,10 +362,11 @@ inline void run_case(const Case& c) {
   Result grad_mask("grad_mask", mask_dtype, mask_size);
   Result grad_slopes("grad_slopes", slopes_dtype, slopes_size);
   std::vector<Result*> results = {&out, &lse};
-  const bool backward = c.what != What::kGroup && c.what != What::kExponential;
+  const bool backward =
+      c.what != What::kGroup && c.what != What::kExponential && c.what != What::kSines;
   if (backward) results.insert(results.end(), {&grad_query, &grad_key, &grad_value});
   if (backward && c.score == ScoreKind::kAdditive) results.push_back(&grad_weight);
-  const bool all_gradients = backward && !has_group_gradients(c);
+  const bool all_gradients = backward && !has_group_gradients(c) && !has_sines_gradients(c);
   if (all_gradients && c.mask == MaskKind::kFloat) results.push_back(&grad_mask);
   if (all_gradients && c.slopes) results.push_back(&grad_slopes);
 
@@ -394,17 +400,22 @@ inline void run_case(const Case& c) {
       static_cast<std::size_t>(cuda::attention_backward_workspace_bytes(p)));
   const GroupRun group(c);
   const ExponentialRun exponential(c);
+  const SinesRun sines(c);
   std::vector<std::vector<char>> first;
   for (int run = 0; run < 2; ++run) {
     if (is_group(c)) {
       group.forward(forward_call(true));
     } else if (is_exponential(c)) {
       exponential.forward(forward_call(true));
+    } else if (is_sines(c)) {
+      sines.forward(forward_call(true));
     } else {
       CHECK(cuda::attention_forward(forward_call(true), nullptr) == cudaSuccess);
     }
     if (has_group_gradients(c)) {
       group.backward(backward_call(true));
+    } else if (has_sines_gradients(c)) {
+      sines.backward(backward_call(true));
     } else if (has_exponential_gradients(c)) {
       exponential.backward(backward_call(true));
     } else if (backward) {

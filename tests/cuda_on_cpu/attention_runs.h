@@ -10,6 +10,8 @@
 #include "kernels/cuda/sm80/additive_group.h"
 #include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
 #include "kernels/cuda/sm80/additive_group_workspace.h"
+#include "kernels/cuda/sm80/additive_sines.h"
+#include "kernels/cuda/sm80/additive_sines_gradients_workspace.h"
 #include "testing.h"
 
 // What a test of attention runs: the description of a problem, and the kernels that leave a part of
@@ -31,14 +33,16 @@ enum class Special {
   kHiddenBlocks,      // the mask hides keys 60 ... 199 from all queries
   kSaturatedQueries,  // queries are 30 and more above the keys
   kNanMask,           // row 3 of the mask has a NaN
-  kRange,  // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
-           // evenly spaced between; queries the other way round
+  kRange,        // additive: all features of key 0 are -magnitude, of the last one +magnitude, and
+                 // evenly spaced between; queries the other way round
+  kZeroWeights,  // additive: those of every other feature
 };
 
 // What is run: attention forward and backward, the weights by themselves, or the forward kernels of
 // the group method, by themselves, with the generic backward, or with the group method's after
 // them; that after the generic forward. Likewise the exponential form, forward and both passes; and
-// its backward after the forward of the group method.
+// its backward after the forward of the group method. The forward kernels of the sines, by
+// themselves or with the generic backward.
 enum class What {
   kAttention,
   kWeights,
@@ -49,7 +53,11 @@ enum class What {
   kGroupGradientsAlone,
   kExponential,
   kExponentialGradients,
-  kGroupAndExponential
+  kGroupAndExponential,
+  kSines,
+  kSinesAndBackward,
+  kSinesGradients,
+  kSinesGradientsAlone
 };
 
 // How many tiles of queries a method leaves to the generic kernel; in backward how many (batch, key
@@ -85,7 +93,7 @@ struct Case {
   Redo redo = Redo::kNone;        // not of the generic kernels
   double out_error = 0;           // if not 0: bound of the norm of out's error, relative to out's
   double gradient_error = 0;      // the same of each gradient
-  std::int64_t shared_kib = 160;  // of the device, for the group method
+  std::int64_t shared_kib = 160;  // of the device, for the methods of the additive score
 };
 
 inline bool is_group(const Case& c) {
@@ -94,6 +102,14 @@ inline bool is_group(const Case& c) {
 }
 inline bool has_group_gradients(const Case& c) {
   return c.what == What::kGroupGradients || c.what == What::kGroupGradientsAlone;
+}
+
+inline bool is_sines(const Case& c) {
+  return c.what == What::kSines || c.what == What::kSinesAndBackward ||
+         c.what == What::kSinesGradients;
+}
+inline bool has_sines_gradients(const Case& c) {
+  return c.what == What::kSinesGradients || c.what == What::kSinesGradientsAlone;
 }
 
 inline bool is_exponential(const Case& c) {
@@ -149,6 +165,41 @@ class ExponentialRun {
     CHECK(cuda::sm80::additive_exponential_backward(call, workspace.data(), nullptr) ==
           cudaSuccess);
     const auto memory = cuda::sm80::ExponentialBackwardWorkspace::of(p, workspace.data(), 0);
+    const std::int64_t heads = p.batch * p.kv_heads;
+    check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
+  }
+
+ private:
+  const Case& case_;
+  cuda::sm80::DeviceLimits device_;
+};
+
+// The kernels of the sines, and what they leave to the generic ones.
+class SinesRun {
+ public:
+  explicit SinesRun(const Case& c) : case_(c), device_{8, c.shared_kib * 1024} {}
+
+  void forward(const AttentionForward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_sines_not_supported(p, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_sines_workspace_bytes(p, device_)));
+    CHECK(cuda::sm80::additive_sines_forward(call, device_, workspace.data(), nullptr) ==
+          cudaSuccess);
+    const bool stay = cuda::sm80::additive_sines_queries_stay(p, device_);
+    const auto memory = cuda::sm80::SineWorkspace::of(p, !stay, workspace.data());
+    const std::int64_t tiles = p.batch * p.heads * memory.query_tiles;
+    check_redo(case_, count_flags(workspace, memory.redo, tiles), tiles);
+  }
+
+  void backward(const AttentionBackward& call) const {
+    const AttentionProblem& p = call.problem;
+    CHECK(cuda::sm80::additive_sines_backward_not_supported(p, false, device_) == nullptr);
+    const testing::DeviceArray<char> workspace(
+        static_cast<std::size_t>(cuda::sm80::additive_sines_backward_workspace_bytes(p)));
+    CHECK(cuda::sm80::additive_sines_backward(call, device_, workspace.data(), nullptr) ==
+          cudaSuccess);
+    const auto memory = cuda::sm80::SineGradientWorkspace::of(p, workspace.data(), 0);
     const std::int64_t heads = p.batch * p.kv_heads;
     check_redo(case_, count_flags(workspace, memory.redo, heads), heads);
   }

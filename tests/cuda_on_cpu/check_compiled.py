@@ -26,6 +26,8 @@ SOURCES = (
     "additive_exponential_prepare",
     "additive_group",
     "additive_group_backward",
+    "additive_sines",
+    "additive_sines_backward",
 )
 TARGETS = ("80", "90a")
 REGISTERS = 65536  # of a multiprocessor
@@ -47,6 +49,9 @@ LIMITS = [
     Limits("additive_group_forward_kernel.*Li(128|256)E", 128, 2),
     Limits("additive_group_gradients_kernel[^L]*Lb0", 384, 1),  # blocks of queries
     Limits("additive_group_gradients_kernel[^L]*Lb1", 384, 1, {"80": 32, "90a": 16}),
+    Limits("additive_sines_forward_kernel", 256, 1),
+    # On sm_80 the form that spills is one that no GPU has the shared memory for.
+    Limits("additive_sines_gradients_kernel", 256, 1, {"80": 24}),
     Limits("additive_exponential_forward_kernel.*Li64E", 256, 2, {"90a": 24}),
     Limits("additive_exponential_gradients_kernel.*Li64E", 256, 2, {"80": 80, "90a": 64}),
     Limits("additive_exponential_(forward|gradients)_kernel.*Li128E", 256, 1),

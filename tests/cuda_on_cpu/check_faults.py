@@ -37,7 +37,14 @@ EXPONENTIAL = (
     "sm80/additive_exponential_backward",
     "sm80/additive_exponential_prepare",
 )
-KERNELS = (*GENERIC, *EXPONENTIAL, "sm80/additive_group", "sm80/additive_group_backward")
+KERNELS = (
+    *GENERIC,
+    *EXPONENTIAL,
+    "sm80/additive_group",
+    "sm80/additive_group_backward",
+    "sm80/additive_sines",
+    "sm80/additive_sines_backward",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ PROGRAMS = {
     "group": Program(("test_additive_group.cu",), ("sm80/additive_group",), "kBFloat16"),
     "group gradients": Program(
         ("test_additive_group_backward.cu",), ("sm80/additive_group_backward",), "kBFloat16"
+    ),
+    "sines": Program(("test_additive_sines.cu",), ("sm80/additive_sines",), "kBFloat16"),
+    "sines gradients": Program(
+        ("test_additive_sines_backward.cu",), ("sm80/additive_sines_backward",), "kBFloat16"
     ),
 }
 
@@ -85,6 +96,12 @@ DTYPES = [
         "kFloat16",
         "? cudaErrorInvalidValue",
     ),
+    (
+        "sm80/additive_sines.cu",
+        "? forward<__half>(call, resident, workspace, stream)",
+        "kFloat16",
+        "? cudaErrorInvalidValue",
+    ),
 ]
 
 
@@ -100,7 +117,7 @@ class Fault:
 
     @property
     def program(self) -> Program:
-        for name in ("exponential", "group gradients", "group"):
+        for name in ("exponential", "group gradients", "group", "sines gradients", "sines"):
             if self.test.startswith(name):
                 return PROGRAMS[name]
         return PROGRAMS["attention"]
@@ -108,6 +125,8 @@ class Fault:
 
 FORWARD = "kernels/cuda/sm80/additive_group_forward.cuh"
 GRADIENTS = "kernels/cuda/sm80/additive_group_gradients.cuh"
+SINES = "kernels/cuda/sm80/additive_sines_forward.cuh"
+SINE_GRADIENTS = "kernels/cuda/sm80/additive_sines_gradients.cuh"
 EXPONENTIAL_TILE = "kernels/cuda/sm80/additive_exponential_tile.cuh"
 EXPONENTIAL_FORWARD = "kernels/cuda/sm80/additive_exponential_forward.cuh"
 EXPONENTIAL_GRADIENTS = "kernels/cuda/sm80/additive_exponential_gradients.cuh"
@@ -478,7 +497,7 @@ FAULTS = [
     ),
     Fault(
         "group: both rows of a lane drop alike",
-        "kernels/cuda/sm80/additive_group_tile.cuh",
+        "kernels/cuda/sm80/fragments.cuh",
         "first_row + (odd ? 8 : 0)",
         "first_row",
         "plain",
@@ -561,6 +580,81 @@ FAULTS = [
         "Dropout::block_index(row, pairs.key, p.key_length)",
         "plain",
         "group gradients dropout",
+    ),
+    Fault(
+        "sines: a slot used before all warps have filled it",
+        SINES,
+        "cp_async_wait<0>();\n      __syncthreads();",
+        "cp_async_wait<0>();",
+        "race",
+        "sines odd sizes",
+        "data race",
+    ),
+    Fault(
+        "sines: a copy not waited for",
+        SINES,
+        "cp_async_wait<0>();\n      __syncthreads();",
+        "cp_async_wait<1>();\n      __syncthreads();",
+        "race",
+        "sines odd sizes",
+        "data race",
+    ),
+    Fault(
+        "sines: halves joined whose maxima differ",
+        SINES,
+        "numbers[(4 * n + i) * kHalf + index] * other[t][i / 2]",
+        "numbers[(4 * n + i) * kHalf + index]",
+        "plain",
+        "sines slopes, causal",
+    ),
+    Fault(
+        "sines: a head beyond all fits not left",
+        SINES,
+        "head.left != 0",
+        "false",
+        "plain",
+        "sines beyond all fits",
+    ),
+    Fault(
+        "sines: no straight line",
+        "kernels/cuda/sm80/additive_sines_features.cuh",
+        "alone[t] += x[t] * line;",
+        "",
+        "plain",
+        "sines odd sizes",
+    ),
+    Fault(
+        "sines: g written over p before all warps have read it",
+        SINE_GRADIENTS,
+        "          __syncthreads();  // nobody reads p any more\n",
+        "",
+        "race",
+        "sines gradients odd sizes",
+        "data race",
+    ),
+    Fault(
+        "sines: g summed up over half of the queries",
+        SINE_GRADIENTS,
+        "sums[row] + sums[kSineRows + row]",
+        "sums[row]",
+        "plain",
+        "sines gradients odd sizes",
+    ),
+    Fault(
+        "sines: the weight's gradient from rounded sums of large keys",
+        SINE_GRADIENTS,
+        "(kKeys ? x - mean : x + mean)",
+        "x",
+        "plain",
+        "sines gradients keys of 50, queries of -50",
+    ),
+    Fault(
+        "sines: keys drop what other queries drop",
+        "kernels/cuda/sm80/additive_sines_gradients_tile.cuh",
+        "first_query + query + column, j",
+        "first_query + query, j",
+        "plain",
+        "sines gradients dropout",
     ),
 ]
 

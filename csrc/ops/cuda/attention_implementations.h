@@ -63,6 +63,12 @@ void additive_group_forward(const ForwardRequest& request, ForwardResults& resul
 const char* additive_group_backward_not_supported(const BackwardRequest& request);
 void additive_group_backward(const BackwardRequest& request, BackwardResults& results);
 
+constexpr const char* kAdditiveSines = "additive_sines";
+const char* additive_sines_not_supported(const ForwardRequest& request);
+void additive_sines_forward(const ForwardRequest& request, ForwardResults& results);
+const char* additive_sines_backward_not_supported(const BackwardRequest& request);
+void additive_sines_backward(const BackwardRequest& request, BackwardResults& results);
+
 // Additive attention in float32, whatever the inputs.
 constexpr const char* kAdditiveExponential = "additive_exponential";
 const char* additive_exponential_not_supported(const ForwardRequest& request);

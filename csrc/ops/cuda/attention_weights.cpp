@@ -41,6 +41,7 @@ const WeightsImplementation implementations[] = {
     {"cudnn", gives_no_weights, nullptr},
     {"flash", gives_no_weights, nullptr},
     {"efficient", gives_no_weights, nullptr},
+    {kAdditiveSines, gives_no_weights, nullptr},
     {kAdditiveGroup, gives_no_weights, nullptr},
     {kAdditiveExponential, gives_no_weights, nullptr},
     {"generic", kernels::cuda::attention_weights_not_supported, generic_weights},

@@ -173,6 +173,8 @@ inline std::size_t __cvta_generic_to_shared(const void* p) {
 // place.
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __sinf(float x) { return std::sin(x); }
+inline float __cosf(float x) { return std::cos(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void sincospi(double x, double* s, double* c) {

@@ -166,6 +166,11 @@ __device__ __forceinline__ Least stage_queries(uint4* to, const AttentionProblem
   return least;
 }
 
+__device__ __forceinline__ std::uint8_t& redo_of(const GroupWorkspace& workspace,
+                                                 const QueryBlock& block) {
+  return workspace.redo[block.batch_head * workspace.query_tiles + block.query_tile];
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     additive_group_forward_kernel(const __grid_constant__ AttentionForward call,
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
   const int stage_size = Tile::stage_size(quads);
   uint4* const stages = shared_at<uint4>(0, static_cast<std::uint32_t>(Tile::kStages * stage_size));
   T* const values = shared_at<T>(Tile::values_at(quads), Tile::kValueSize);
-  GroupBlock& block = *shared_at<GroupBlock>(Tile::block_at(quads), 1);
+  QueryBlock& block = *shared_at<QueryBlock>(Tile::block_at(quads), 1);
   uint4* const weights = shared_at<uint4>(Tile::weights_at(quads), quads_u * Tile::kWeightSize);
   uint4* const queries = shared_at<uint4>(Tile::queries_at(quads), quads_u * Tile::kQuerySize);
 
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
   int next;  // tile of keys to load, if the mask leaves any pair of it
   bool join_four;
   {
-    GroupBlock mine = GroupBlock::of(p, workspace);
+    QueryBlock mine = QueryBlock::of(p, workspace.query_tiles, kRows, tile_keys(p.value_dim));
     next = mine.first_tile;
     load_from = workspace.key_products +
                 (mine.kv_row(p) * workspace.key_tiles + next) * quads * Tile::kQuadSize + thread;
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
                    p.mask_kind != MaskKind::kFloat && p.slopes == nullptr;
     if (thread == 0) block = mine;
     if (__syncthreads_and(small_weights && least.two >= kLeastDenominator) == 0) {
-      if (thread == 0) mine.redo(workspace) = 1;
+      if (thread == 0) redo_of(workspace, mine) = 1;
       return;
     }
   }
@@ -356,7 +361,7 @@ __global__ void __launch_bounds__(kForwardThreads, GroupTile<kWidth>::kBlocks)
     }
   }
   const bool block_finite = __syncthreads_and(finite) != 0;
-  if (thread == 0) block.redo(workspace) = block_finite ? 0 : 1;
+  if (thread == 0) redo_of(workspace, block) = block_finite ? 0 : 1;
 }
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "kernels/cuda/attention_policies.cuh"
 #include "kernels/cuda/sm80/additive_group_workspace.h"
+#include "kernels/cuda/sm80/fragments.cuh"
 
 // The products phi of the group method. Of a number x, sigma(2x) and sigma(-2x) are its two sides;
 // of a token and a group of four features, phi^s is the product of one side of each feature. Bit d
@@ -15,8 +15,6 @@
 // exchange sides, and each multiplies what it stores: no lane computes what another has.
 namespace torch_selfattn::kernels::cuda::sm80 {
 
-constexpr float kLog2E = 1.44269504f;
-
 // 2^28 in every product of a key, and in those of a query where it is needed: docs/kernels.md.
 constexpr float kFactor = 0x1p28f;
 // A denominator of joined groups is at least this, or fewer are joined: 2^-126 is the last normal
@@ -24,18 +22,6 @@ constexpr float kFactor = 0x1p28f;
 constexpr float kLeastDenominator = 0x1p-116f;
 // The error of a score is about 2^-9 |scale| |w|_2: docs/tolerances.md.
 constexpr float kLargestWeightNorm = 16;
-
-// Two numbers in a register, the first one in the lower half.
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float first, float second) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 both = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const std::uint32_t*>(&both);
-  } else {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-    return *reinterpret_cast<const std::uint32_t*>(&both);
-  }
-}
 
 __device__ __forceinline__ std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
   const __nv_bfloat162 product = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a),
@@ -77,28 +63,5 @@ __device__ __forceinline__ uint2 products(const float (&smaller)[4], float facto
   return {pack<__nv_bfloat16>(minus * first.minus, minus * first.plus),
           pack<__nv_bfloat16>(plus * first.minus, plus * first.plus)};
 }
-
-// Of the weights times scale, for all lanes of a warp.
-struct WeightNorms {
-  float squares;  // |w|_2 squared
-  float sum;      // |w|_1, which no score exceeds
-
-  template <typename T>
-  static __device__ __forceinline__ WeightNorms of(const Weight<T>& weight, std::int64_t dims,
-                                                   float scale) {
-    WeightNorms norms = {0, 0};
-    for (std::int64_t d = threadIdx.x % 32; d < dims; d += 32) {
-      const float w = scale * weight.at(d);
-      norms.squares += w * w;
-      norms.sum += fabsf(w);
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      norms.squares += __shfl_xor_sync(~0u, norms.squares, lanes);
-      norms.sum += __shfl_xor_sync(~0u, norms.sum, lanes);
-    }
-    return norms;
-  }
-};
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

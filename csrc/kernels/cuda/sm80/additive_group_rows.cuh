@@ -1,8 +1,8 @@
 #pragma once
 
-#include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/sm80/additive_group_extremes.cuh"
 #include "kernels/cuda/sm80/additive_group_gradients_workspace.h"
+#include "kernels/cuda/sm80/query_statistics.cuh"
 
 // The products of keys and of queries for the backward of the group method: rows of 16 numbers for
 // each group, all times 2^28, from which ldmatrix makes operands of either kind. A block owns 64
@@ -37,17 +37,6 @@ __device__ __forceinline__ void all_products(uint4 (&chunks)[2], const float (&s
     }
     chunks[last] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
-}
-
-// What the gradient kernels need to know of a query: p = 2^((s - maximum) log2 e + exponent),
-// delta, grad_lse.
-__device__ __forceinline__ float4 statistics_of(const Workspace<float>& generic, std::int64_t row,
-                                                float grad_lse) {
-  const float inverse_sum = generic.inverse_sum[row];
-  const float maximum = generic.maximum[row];
-  // A row without a key, or one that does not exist: p = 0.
-  if (inverse_sum == 0 || maximum == -kInfinity<float>) return {kInfinity<float>, 0, 0, 0};
-  return {maximum, log2f(inverse_sum), generic.delta[row], grad_lse};
 }
 
 template <typename T, bool kQueries>

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/cuda/sm80/carver.h"
 
 // Sizes of the group method, and what its kernels leave for one another.
 namespace torch_selfattn::kernels::cuda::sm80 {
@@ -18,23 +19,6 @@ constexpr int kMostValues = 256;
 TSA_HOST_DEVICE constexpr int tile_keys(std::int64_t value_dim) {
   return value_dim > 128 ? 32 : 64;
 }
-
-// Hands out parts of a workspace, each aligned to 16 bytes. Without memory it only counts.
-class Carver {
- public:
-  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(std::int64_t count) {
-    char* const begin = memory_ == nullptr ? nullptr : memory_ + bytes_;
-    bytes_ += (count * static_cast<std::int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return reinterpret_cast<T*>(begin);
-  }
-  std::int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  std::int64_t bytes_ = 0;
-};
 
 // Where the keys lie, for each feature: s(q, k) is the same for q + c, k - c, and max |k - c| is
 // the least for the middle c of least and largest key.
