@@ -28,7 +28,7 @@ constexpr float kMostWeightNorm = 16;
 
 // A weight that is less than this part of all counts as that, so that its gradient can be found by
 // dividing by it.
-constexpr float kLeastWeight = 0x1p-20f;
+constexpr float kLeastWeight = 0x1p-40f;
 
 constexpr std::int64_t kMomentsBytes = 4 * kMomentsThreads * sizeof(float);
 
