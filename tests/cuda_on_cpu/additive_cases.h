@@ -87,15 +87,39 @@ inline const Case additive_cases[] = {
     {.name = "huge numbers", .special = Special::kHugeScores, .redo = Redo::kSome},
 };
 
-template <Case (*of_method)(Case), std::size_t n>
-void run_additive_case() {
-  run_case(of_method(additive_cases[n]));
+// E = Ev = 64, one head, the distributions that errors are stated for.
+constexpr Case at_normal_inputs(const char* name, double magnitude, Case c) {
+  c.name = name;
+  c.heads = c.kv_heads = 1;
+  c.query_length = c.query_length == Case{}.query_length ? 128 : c.query_length;
+  c.key_length = c.key_length == Case{}.key_length ? 128 : c.key_length;
+  c.head_dim = c.value_dim = 64;
+  c.magnitude = magnitude;
+  c.weight_magnitude = 0.5;
+  c.scale = 1;
+  return c;
+}
+
+template <const auto& cases, Case (*of_method)(Case), std::size_t n>
+void run_method_case() {
+  run_case(of_method(cases[n]));
+}
+
+template <const auto& cases, Case (*of_method)(Case), std::size_t... n>
+std::vector<testing::Test> method_tests(std::index_sequence<n...>) {
+  return {testing::Test(cases[n].name, run_method_case<cases, of_method, n>)...};
+}
+
+// Tests of a method's own problems.
+template <const auto& cases, Case (*of_method)(Case)>
+std::vector<testing::Test> method_tests() {
+  return method_tests<cases, of_method>(std::make_index_sequence<std::size(cases)>());
 }
 
 template <Case (*of_method)(Case), std::size_t... n>
 std::vector<testing::Test> additive_tests(const std::string& method, std::index_sequence<n...>) {
   static const std::string names[] = {method + additive_cases[n].name...};
-  return {testing::Test(names[n].c_str(), run_additive_case<of_method, n>)...};
+  return {testing::Test(names[n].c_str(), run_method_case<additive_cases, of_method, n>)...};
 }
 
 // Tests of these problems, made ones of a method, whose name stands before theirs.

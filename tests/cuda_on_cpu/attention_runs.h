@@ -41,8 +41,8 @@ enum class Special {
 // What is run: attention forward and backward, the weights by themselves, or the forward kernels of
 // the group method, by themselves, with the generic backward, or with the group method's after
 // them; that after the generic forward. Likewise the exponential form, forward and both passes; and
-// its backward after the forward of the group method. The forward kernels of the sines, by
-// themselves or with the generic backward.
+// its backward after the forward of the group method. And the kernels of the sines as those of
+// the group method.
 enum class What {
   kAttention,
   kWeights,

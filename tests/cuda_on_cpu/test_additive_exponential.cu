@@ -16,21 +16,12 @@ constexpr Case exponential(Case c) {
   return c;
 }
 
-// E = Ev = 64, one head, the distributions that errors are stated for.
 constexpr Case normal_inputs(const char* name, double magnitude, Case c = {}) {
-  c.name = name;
-  c.heads = c.kv_heads = 1;
-  c.query_length = c.query_length == 37 ? 128 : c.query_length;
-  c.key_length = c.key_length == 41 ? 128 : c.key_length;
-  c.head_dim = c.value_dim = 64;
-  c.magnitude = magnitude;
-  c.weight_magnitude = 0.5;
-  c.scale = 1;
   if (c.dtype == DType::kFloat32) {
     if (c.out_error == 0) c.out_error = 2e-6;
     if (c.gradient_error == 0) c.gradient_error = 4e-6;
   }
-  return c;
+  return at_normal_inputs(name, magnitude, c);
 }
 
 const Case cases[] = {
@@ -259,16 +250,6 @@ const Case cases[] = {
      .redo = Redo::kAll},
 };
 
-template <std::size_t n>
-void run() {
-  run_case(exponential(cases[n]));
-}
-
-template <std::size_t... n>
-std::vector<testing::Test> all(std::index_sequence<n...>) {
-  return {testing::Test(cases[n].name, run<n>)...};
-}
-
 AttentionProblem anchor() {
   AttentionProblem p;
   p.score = ScoreKind::kAdditive;
@@ -345,7 +326,7 @@ void ranges() {
 }
 
 const std::vector<testing::Test> common_tests = additive_tests<exponential>("exponential ");
-const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const std::vector<testing::Test> tests = method_tests<cases, exponential>();
 const testing::Test other_tests[] = {{"exponential refusals", refusals},
                                      {"exponential ranges", ranges}};
 

@@ -133,16 +133,6 @@ const Case cases[] = {
     {.name = "group large weights", .weight_magnitude = 30, .redo = Redo::kAll},
 };
 
-template <std::size_t n>
-void run() {
-  run_case(group(cases[n]));
-}
-
-template <std::size_t... n>
-std::vector<testing::Test> all(std::index_sequence<n...>) {
-  return {testing::Test(cases[n].name, run<n>)...};
-}
-
 void refusals() {
   using torch_selfattn::kernels::cuda::sm80::additive_group_not_supported;
   const auto refused = [](auto change) {
@@ -173,7 +163,7 @@ void refusals() {
 }
 
 const std::vector<testing::Test> common_tests = additive_tests<group>("group ");
-const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const std::vector<testing::Test> tests = method_tests<cases, group>();
 const testing::Test refusals_test("group refusals", refusals);
 
 }  // namespace

@@ -214,16 +214,6 @@ const Case cases[] = {
      .redo = Redo::kAll},
 };
 
-template <std::size_t n>
-void run() {
-  run_case(sines(cases[n]));
-}
-
-template <std::size_t... n>
-std::vector<testing::Test> all(std::index_sequence<n...>) {
-  return {testing::Test(cases[n].name, run<n>)...};
-}
-
 void refusals() {
   using torch_selfattn::kernels::cuda::sm80::additive_sines_not_supported;
   using torch_selfattn::kernels::cuda::sm80::additive_sines_queries_stay;
@@ -259,7 +249,7 @@ void refusals() {
 }
 
 const std::vector<testing::Test> common_tests = additive_tests<sines>("sines ");
-const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const std::vector<testing::Test> tests = method_tests<cases, sines>();
 const testing::Test refusals_test("sines refusals", refusals);
 
 }  // namespace

@@ -16,18 +16,9 @@ constexpr Case gradients(Case c) {
   return c;
 }
 
-// E = Ev = 64, one head, the distributions that errors are stated for.
 constexpr Case normal_inputs(const char* name, double magnitude, Case c = {}) {
-  c.name = name;
-  c.heads = c.kv_heads = 1;
-  c.query_length = c.query_length == 37 ? 128 : c.query_length;
-  c.key_length = c.key_length == 41 ? 128 : c.key_length;
-  c.head_dim = c.value_dim = 64;
-  c.magnitude = magnitude;
-  c.weight_magnitude = 0.5;
-  c.scale = 1;
   if (c.gradient_error == 0) c.gradient_error = 1e-2;
-  return c;
+  return at_normal_inputs(name, magnitude, c);
 }
 
 const Case cases[] = {
@@ -129,16 +120,6 @@ const Case cases[] = {
     {.name = "sines gradients large weights", .weight_magnitude = 30, .redo = Redo::kAll},
 };
 
-template <std::size_t n>
-void run() {
-  run_case(gradients(cases[n]));
-}
-
-template <std::size_t... n>
-std::vector<testing::Test> all(std::index_sequence<n...>) {
-  return {testing::Test(cases[n].name, run<n>)...};
-}
-
 void refusals() {
   using torch_selfattn::kernels::cuda::sm80::additive_sines_backward_not_supported;
   const auto refused = [](auto change) {
@@ -167,7 +148,7 @@ void refusals() {
 }
 
 const std::vector<testing::Test> common_tests = additive_tests<gradients>("sines gradients ");
-const std::vector<testing::Test> tests = all(std::make_index_sequence<std::size(cases)>());
+const std::vector<testing::Test> tests = method_tests<cases, gradients>();
 const testing::Test refusals_test("sines gradients refusals", refusals);
 
 }  // namespace

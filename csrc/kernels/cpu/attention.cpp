@@ -62,17 +62,20 @@ const char* avx512bf16_not_supported(const AttentionProblem& problem) {
   return nullptr;
 }
 
+bool cpu_has_tiles() {
+  static const bool supported = cpu_has_amx() && cpu_has_avx512bf16();
+  return supported;
+}
+
 const char* amx_not_supported(const AttentionProblem& problem) {
-  static const bool has_amx = cpu_has_amx() && cpu_has_avx512bf16();
-  if (!has_amx) return "this CPU has no AMX for bfloat16";
+  if (!cpu_has_tiles()) return "this CPU has no AMX for bfloat16";
   if (problem.score != ScoreKind::kDotProduct) return "the additive score has no products of pairs";
   if (problem.dtype == DType::kFloat64) return "the inputs are float64";
   return may_use_amx() ? nullptr : "the operating system does not permit AMX";
 }
 
 const char* sines_not_supported(const AttentionProblem& problem) {
-  static const bool has_amx = cpu_has_amx() && cpu_has_avx512bf16();
-  if (!has_amx) return "this CPU has no AMX for bfloat16";
+  if (!cpu_has_tiles()) return "this CPU has no AMX for bfloat16";
   if (problem.score != ScoreKind::kAdditive) return "the score is not additive";
   if (problem.activation != Activation::kTanh) return "the activation is not tanh";
   if (problem.dtype != DType::kBFloat16) return "the inputs are not bfloat16";

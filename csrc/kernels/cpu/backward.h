@@ -106,6 +106,7 @@ class BackwardKernel {
     query_words_ = padded<T>(Operand::words(p_.head_dim));
     value_words_ = padded<T>(Operand::words(p_.value_dim));
     row_words_ = Operand::words(p_.query_length);
+    query_rows_ = kHasFeatures ? round_up(p_.query_length, kGroupRows) : p_.query_length;
     const std::int64_t widest = larger<std::int64_t>(larger(query_width_, value_width_), 1);
     block_keys_ =
         smaller(Gradient::kBlockKeys, larger<std::int64_t>(Gradient::kBlockKeys * 128 / widest, 1));
@@ -178,11 +179,9 @@ class BackwardKernel {
     void carve(const BackwardKernel& k, Carver& carver, std::int64_t heads) {
       const std::int64_t across = heads * k.row_words_;
       const std::int64_t rows = heads * k.p_.query_length;
-      const std::int64_t query_rows =
-          kHasFeatures ? heads * round_up(k.p_.query_length, kGroupRows) : rows;
       query_across = carver.take<T>(k.copy_query_ ? across * k.feature_width_ : 0);
       grad_out_across = carver.take<T>(k.copy_grad_out_ ? across * k.value_width_ : 0);
-      query_along = carver.take<T>(kPacksTwice ? query_rows * k.query_words_ : 0);
+      query_along = carver.take<T>(kPacksTwice ? heads * k.query_rows_ * k.query_words_ : 0);
       grad_out_along = carver.take<T>(kPacksTwice ? rows * k.value_words_ : 0);
     }
   };
@@ -258,11 +257,9 @@ class BackwardKernel {
     const std::int64_t place = place_of_copy(b, h);
     const std::int64_t word = place * row_words_ + Operand::words(begin);
     if constexpr (kHasFeatures) {
-      Gradient::copy_queries(
-          p_, context_, b, h, begin, n,
-          copies.query_along +
-              (place * round_up(p_.query_length, kGroupRows) + begin) * query_words_,
-          copies.query_across + word * feature_width_, rows);
+      Gradient::copy_queries(p_, context_, b, h, begin, n,
+                             copies.query_along + (place * query_rows_ + begin) * query_words_,
+                             copies.query_across + word * feature_width_, rows);
     } else if (copy_query_) {
       failure_.check(pack_over_rows(query, begin, n, copies.query_across + word * feature_width_));
     }
@@ -338,9 +335,7 @@ class BackwardKernel {
   }
   Matrix query_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
     if constexpr (!kPacksTwice) return query_across(copies, b, h);
-    const std::int64_t rows =
-        kHasFeatures ? round_up(p_.query_length, kGroupRows) : p_.query_length;
-    return {copies.query_along + place_of_copy(b, h) * rows * query_words_, query_words_};
+    return {copies.query_along + place_of_copy(b, h) * query_rows_ * query_words_, query_words_};
   }
   Matrix grad_out_along(const Copies& copies, std::int64_t b, std::int64_t h) const {
     if constexpr (!kPacksTwice) return grad_out_across(copies, b, h);
@@ -567,7 +562,7 @@ class BackwardKernel {
       const Matrix query = k.query_along(copies(), b, h);
       gradient.load_queries(b, h, i0, rows, query.row(i0), query.ld, buffer.queries);
       const bool plain =
-          zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows, first);
+          zeros == Zeros::kMultiply && run_plain_tile(gradient, tile, b, h, i0, rows);
       const double total = plain ? 0.0 : run_scores(gradient, b, h, i0, rows, first, keys, zeros);
       const std::int64_t word = Operand::words(i0);
       const Matrix grad_out_across = k.grad_out_across(copies(), b, h);
@@ -669,7 +664,7 @@ class BackwardKernel {
     // Scores, dP, weights and gradients of the tile, packed, by plain tiles; false: another way is
     // to be taken.
     bool run_plain_tile(Gradient& gradient, const TileRanges<T>& tile, std::int64_t b,
-                        std::int64_t h, std::int64_t i0, std::int64_t rows, std::int64_t first) {
+                        std::int64_t h, std::int64_t i0, std::int64_t rows) {
       if constexpr (Operand::kTransposes) {
         const AttentionProblem& p = k.p_;
         if (alibi.active || p.mask_kind != MaskKind::kNone || p.dropout_p > 0.0) return false;
@@ -685,7 +680,7 @@ class BackwardKernel {
                                       {grad_out.row(i0 + r), grad_out.ld, buffer.key_panels,
                                        Gradient::Score::key_size(p.head_dim), buffer.value_panels,
                                        Operand::words(p.value_dim)},
-                                      first, k.lse_ + row0 + r, k.delta_ + row0 + r);
+                                      k.lse_ + row0 + r, k.delta_ + row0 + r);
           if (!done) return false;
         }
         return true;
@@ -807,6 +802,7 @@ class BackwardKernel {
   std::int64_t token_dim_ = 0;  // elements of a query
   std::int64_t query_width_ = 0, value_width_ = 0, key_sums_ld_ = 0;
   std::int64_t feature_width_ = 0;  // of a row of what queries are multiplied by
+  std::int64_t query_rows_ = 0;     // that a head has in query_along: features are by groups
   std::int64_t query_words_ = 0, value_words_ = 0, row_words_ = 0;
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;

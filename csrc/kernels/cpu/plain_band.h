@@ -20,17 +20,6 @@
 // Bound: 2^x, two fifths of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
-// Panels of a band whose scores are made at once: more than two for a score that then has the
-// operands of its products less often from L2.
-template <typename Score>
-constexpr int panels_at_once() {
-  if constexpr (requires { Score::kPanelsAtOnce; }) {
-    return Score::kPanelsAtOnce;
-  } else {
-    return 2;
-  }
-}
-
 template <typename Score>
 class PlainBand {
  public:
@@ -81,7 +70,8 @@ class PlainBand {
       for (std::int64_t u = s.begin, n = 0; u < s.end; u += n) {
         n = kAtOnce;
         while (n > s.end - u) n /= 2;
-        find_scores(q, keys, u, n);
+        score_.scores_of_panels(q.packed, q.rows, keys.panels + u * key_size_, n / kPanel<T>,
+                                scores_, kScoreStride);
         const bool all_see_all = all.begin <= u && u + n <= all.end;
         if (!all_have_references) {
           find_references(q, keys.first, u, n, all_see_all, mask);
@@ -104,26 +94,13 @@ class PlainBand {
   // Weights of several parts would leave L1 until those of a block are complete; and with as many
   // products, sums may be loaded and stored more often.
   static constexpr bool kValuesAtOnce = Operand::kParts > 1;
-  static constexpr int kAtOnce = panels_at_once<Score>() * kPanel<T>;
+  static constexpr int kAtOnce = Score::kPanelsAtOnce * kPanel<T>;
   // Rows would else begin in the same few sets of L1.
   static constexpr std::int64_t kScoreStride = kAtOnce + kLanes<T>;
   static std::int64_t weights_stride(std::int64_t block_keys) {
     const std::int64_t keys =
         kValuesAtOnce ? smaller<std::int64_t>(kAtOnce, block_keys) : block_keys;
     return Operand::words(keys) + kLanes<T>;
-  }
-
-  void find_scores(const Queries& q, const Keys& keys, std::int64_t u, std::int64_t n) const {
-    const T* const panels = keys.panels + u * key_size_;
-    if constexpr (panels_at_once<Score>() > 2) {
-      score_.scores_of_panels(q.packed, q.rows, panels, static_cast<int>(n / kPanel<T>), scores_,
-                              kScoreStride);
-    } else {
-      for (std::int64_t x = 0; x < n; x += kPanel<T>) {
-        score_.scores(q.packed, 0, q.rows, panels + x * key_size_, T(0), keys.first + u + x,
-                      scores_ + x, kScoreStride);
-      }
-    }
   }
 
   void add_values(const Queries& q, const Keys& keys, KeyRange span, const T* weights) const {

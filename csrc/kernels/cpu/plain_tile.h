@@ -73,9 +73,9 @@ class PlainTile {
     std::int64_t value_words;
   };
   // Group g of the tile, n rows, and all keys that it sees; lse in units of log2, and delta, are of
-  // its first row, first_key is of column 0. False: a score is -inf, which has overflowed.
+  // its first row. False: a score is -inf, which has overflowed.
   bool run(const TileRanges<T>& tile, std::int64_t g, std::int64_t n, const Operands& x,
-           std::int64_t first_key, const T* lse, const T* delta) {
+           const T* lse, const T* delta) {
     const std::int64_t r = g * Operand::kTileRows;
     const KeyRange all = tile.seen_by_all(r, n);
     std::int64_t ready = 0;  // columns up to which there are scores
@@ -83,7 +83,7 @@ class PlainTile {
       if (!tile.touches(g, u)) continue;
       if (u >= ready) {
         begin_ = u;
-        ready = find_scores(tile, g, r, n, x, first_key, u);
+        ready = find_scores(tile, g, r, n, x, u);
       }
       multiply_rows<Operand, 2, false, true>(n, x.grad_out, x.grad_out_ld,
                                              x.value_panels + u * x.value_words, kPanel<T>,
@@ -106,19 +106,12 @@ class PlainTile {
   // Of the panels from column u that the group sees without a gap, as many as are made at once.
   // Returns the column behind them.
   std::int64_t find_scores(const TileRanges<T>& tile, std::int64_t g, std::int64_t r,
-                           std::int64_t n, const Operands& x, std::int64_t first_key,
-                           std::int64_t u) {
-    const T* const panels = x.key_panels + u * x.key_words;
-    if constexpr (kAtOnce == kPanel<T>) {
-      gradient_.scores(r, n, panels, T(0), first_key + u, scores_, kScoreStride);
-      return u + kPanel<T>;
-    } else {
-      std::int64_t end = u + kPanel<T>;
-      while (end < u + kAtOnce && end < tile.columns && tile.touches(g, end)) end += kPanel<T>;
-      const auto count = static_cast<int>((end - u) / kPanel<T>);
-      gradient_.scores_of_panels(r, n, panels, count, scores_, kScoreStride);
-      return end;
-    }
+                           std::int64_t n, const Operands& x, std::int64_t u) {
+    std::int64_t end = u + kPanel<T>;
+    while (end < u + kAtOnce && end < tile.columns && tile.touches(g, end)) end += kPanel<T>;
+    gradient_.scores_of_panels(r, n, x.key_panels + u * x.key_words, (end - u) / kPanel<T>, scores_,
+                               kScoreStride);
+    return end;
   }
 
   template <bool kAllSeeAll>

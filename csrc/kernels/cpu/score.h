@@ -140,6 +140,7 @@ class DotScore : public DotProducts<OperandT> {
   // Keys are the same for all query heads of a group.
   static constexpr bool kKeysPerQueryHead = false;
   static constexpr bool kInPlace = false;  // keys are packed into panels
+  static constexpr int kPanelsAtOnce = 2;  // whose scores a band makes, plain_band.h
   static std::int64_t constants_size(std::int64_t /*head_dim*/) { return 0; }
   // Words per query and per key.
   static std::int64_t query_size(std::int64_t head_dim) {
@@ -204,6 +205,14 @@ class DotScore : public DotProducts<OperandT> {
     } else {
       multiply_rows<Operand, 2, false, true>(rows, queries + r * size, size, panel, kPanel<T>,
                                              depth, scores, ld);
+    }
+  }
+  // scores[rows][n x kPanel] of the first rows of a group and n panels one behind the other.
+  void scores_of_panels(const T* queries, std::int64_t rows, const T* panels, std::int64_t n, T* to,
+                        std::int64_t ld) {
+    for (std::int64_t x = 0; x < n; ++x) {
+      const std::int64_t key = x * kPanel<T>;
+      scores(queries, 0, rows, panels + key * key_size(p_.head_dim), T(0), key, to + key, ld);
     }
   }
 

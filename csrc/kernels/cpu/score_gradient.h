@@ -179,6 +179,14 @@ class DotGradient : public DotProducts<OperandT> {
                                              kPanel<T>, depth, scores, ld);
     }
   }
+  // scores[rows][n x kPanel] of rows from r and n panels one behind the other.
+  void scores_of_panels(std::int64_t r, std::int64_t rows, const T* panels, std::int64_t n, T* to,
+                        std::int64_t ld) {
+    for (std::int64_t x = 0; x < n; ++x) {
+      const std::int64_t key = x * kPanel<T>;
+      scores(r, rows, panels + key * Score::key_size(p_.head_dim), T(0), key, to + key, ld);
+    }
+  }
 
   void accumulate(const GradientTile<T>& tile, std::int64_t /*key*/, const T* /*bounds*/,
                   double* /*weight_sums*/) {

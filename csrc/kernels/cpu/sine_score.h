@@ -27,9 +27,20 @@ struct SineTiles : Bfloat16Tiles {
   static constexpr std::int64_t kLeftStep = std::int64_t{kTileRows} * kStepWords;
   static constexpr std::int64_t kRightStep = std::int64_t{kStepWords} * kPanel<float>;
 
+  // Two vectors of columns, added to what is there or not.
+  static void multiply_onto(bool adds, std::int64_t rows, const float* a, std::int64_t a_row,
+                            std::int64_t a_step, const float* b, std::int64_t ldb,
+                            std::int64_t depth, float* c, std::int64_t ldc) {
+    if (adds) {
+      Bfloat16Tiles::multiply<2, true>(rows, a, a_row, a_step, b, ldb, depth, c, ldc);
+    } else {
+      Bfloat16Tiles::multiply<2, false>(rows, a, a_row, a_step, b, ldb, depth, c, ldc);
+    }
+  }
+
   // scores[rows][panels x kPanel] of up to 32 rows and panels one behind the other.
-  static void multiply_long(std::int64_t rows, const float* queries, const float* panels, int n,
-                            std::int64_t words, float* scores, std::int64_t ld) {
+  static void multiply_long(std::int64_t rows, const float* queries, const float* panels,
+                            std::int64_t n, std::int64_t words, float* scores, std::int64_t ld) {
     const std::int64_t steps = words / kStepWords;
     for (std::int64_t s = 0; s < steps; s += kChunkSteps) {
       const std::int64_t depth = smaller(kChunkSteps, steps - s) * kStepWords;
@@ -37,12 +48,8 @@ struct SineTiles : Bfloat16Tiles {
       for (std::int64_t x = 0; x < n; ++x) {
         const float* const panel = panels + (x * steps + s) * kRightStep;
         float* const to = scores + x * kPanel<float>;
-        if (s == 0) {
-          multiply<2, false>(rows, left, kStepWords, kLeftStep, panel, kPanel<float>, depth, to,
-                             ld);
-        } else {
-          multiply<2, true>(rows, left, kStepWords, kLeftStep, panel, kPanel<float>, depth, to, ld);
-        }
+        multiply_onto(s > 0, rows, left, kStepWords, kLeftStep, panel, kPanel<float>, depth, to,
+                      ld);
       }
     }
   }
@@ -96,14 +103,17 @@ inline void put_queries(const SineHead& head, const Rows& queries, std::int64_t 
   }
 }
 
-// Features of n keys as panels.
+// Features of n keys as panels. Their turned tokens are in tokens[n / kTokens][width][kTokens], or
+// those of the last panel, if they need not be kept.
+template <bool kKeepsTokens>
 inline void put_keys(const SineHead& head, const Rows& keys, std::int64_t begin, std::int64_t n,
-                     std::int64_t words, float* scratch, float* panels) {
+                     std::int64_t words, float* tokens, float* panels) {
   for (std::int64_t r = 0; r < n; r += kTokens, panels += kTokens * words) {
+    float* const turned = kKeepsTokens ? tokens + r * keys.width : tokens;
     turn_tokens(keys, begin + r, smaller<std::int64_t>(kTokens, n - r), TokenOrder::kHalves,
-                scratch);
+                turned);
     make_features<false>(
-        head, keys.width, scratch, words,
+        head, keys.width, turned, words,
         [&](std::int64_t word, const TokenFeatures& x) __attribute__((always_inline)) {
           store(panels + word * kTokens, words_of(x.first[0], x.second[0]));
           store(panels + word * kTokens + kLanes<float>, words_of(x.first[1], x.second[1]));
@@ -126,7 +136,7 @@ class SineScore : public UnfinishedScores<float> {
   static constexpr int kGroupRows = Operand::kTileRows;
   static constexpr bool kKeysPerQueryHead = true;  // w is in what depends on a key alone
   static constexpr bool kInPlace = false;
-  static constexpr int kPanelsAtOnce = 4;  // of a band
+  static constexpr int kPanelsAtOnce = 4;
   // `elements`: of the features.
   static std::int64_t constants_size(std::int64_t /*elements*/) { return 0; }
   static std::int64_t query_size(std::int64_t elements) {
@@ -152,7 +162,7 @@ class SineScore : public UnfinishedScores<float> {
   void pack_keys(const Rows& /*key*/, std::int64_t j, std::int64_t n, T* panels,
                  T* /*bounds*/) const {
     const Rows key = rows_of(p_.dtype, p_.key, b_, h_ / p_.group_size(), plan_.head_dim());
-    put_keys(plan_.head(b_, h_), key, j, n, size_, spare_, panels);
+    put_keys<false>(plan_.head(b_, h_), key, j, n, size_, spare_, panels);
   }
   // Sines are.
   bool are_bounded(const T* /*bounds*/, std::int64_t /*panels*/) const { return true; }
@@ -161,8 +171,8 @@ class SineScore : public UnfinishedScores<float> {
               std::int64_t /*j*/, T* scores, std::int64_t ld) {
     scores_of_panels(queries + r * size_, rows, panel, 1, scores, ld);
   }
-  void scores_of_panels(const T* queries, std::int64_t rows, const T* panels, int n, T* scores,
-                        std::int64_t ld) {
+  void scores_of_panels(const T* queries, std::int64_t rows, const T* panels, std::int64_t n,
+                        T* scores, std::int64_t ld) {
     Operand::multiply_long(rows, queries, panels, n, size_, scores, ld);
   }
 
@@ -230,27 +240,22 @@ class SineGradient : public UnfinishedScores<float> {
   void load_keys(std::int64_t b, std::int64_t hk, std::int64_t first, std::int64_t n, T* panels,
                  T* /*bounds*/) {
     const Rows key = rows_of(p_.dtype, p_.key, b, hk, plan_.head_dim());
-    put_keys(plan_.head(b, h_), key, first, n, size_, gradients_, panels);
+    put_keys<true>(plan_.head(b, h_), key, first, n, size_, key_turned_, panels);
     put_keys_across(panels, n);
-    for (std::int64_t r = 0; r < n; r += kTokens) {
-      turn_tokens(key, first + r, smaller<std::int64_t>(kTokens, n - r), TokenOrder::kHalves,
-                  key_turned_ + r * key.width);
-    }
     panels_ = panels;
   }
   static bool is_in_range() { return true; }
 
-  void load_queries(std::int64_t b, std::int64_t h, std::int64_t /*i*/, std::int64_t /*rows*/,
-                    const T* query, std::int64_t /*query_ld*/, T* /*to*/) {
-    b_ = b, h_ = h;
+  void load_queries(std::int64_t /*b*/, std::int64_t /*h*/, std::int64_t /*i*/,
+                    std::int64_t /*rows*/, const T* query, std::int64_t /*query_ld*/, T* /*to*/) {
     query_ = query;
   }
   void scores(std::int64_t r, std::int64_t rows, const T* panel, T /*bound*/, std::int64_t /*j*/,
               T* scores, std::int64_t ld) {
     scores_of_panels(r, rows, panel, 1, scores, ld);
   }
-  void scores_of_panels(std::int64_t r, std::int64_t rows, const T* panels, int n, T* scores,
-                        std::int64_t ld) {
+  void scores_of_panels(std::int64_t r, std::int64_t rows, const T* panels, std::int64_t n,
+                        T* scores, std::int64_t ld) {
     Operand::multiply_long(rows, query_ + r * size_, panels, n, size_, scores, ld);
   }
 
@@ -350,13 +355,8 @@ class SineGradient : public UnfinishedScores<float> {
       for (std::int64_t d = 0; d < width_; d += kStrip<T>) {
         const T* const right = key_across_ + d * Operand::words(kBlockKeys) + begin * kStrip<T>;
         T* const to = gradients_ + d * kGroupRows;
-        if (any) {
-          Operand::template multiply<2, true>(rows, left, tile.ld, Operand::kStepWords, right,
-                                              kStrip<T>, depth, to, kStrip<T>);
-        } else {
-          Operand::template multiply<2, false>(rows, left, tile.ld, Operand::kStepWords, right,
-                                               kStrip<T>, depth, to, kStrip<T>);
-        }
+        Operand::multiply_onto(any, rows, left, tile.ld, Operand::kStepWords, right, kStrip<T>,
+                               depth, to, kStrip<T>);
       }
       any = true;
     }
@@ -429,15 +429,8 @@ class SineGradient : public UnfinishedScores<float> {
       const std::int64_t depth = (end - g) * Operand::kStepWords;
       for (std::int64_t d = 0; d < width_; d += Operand::kTileRows) {
         const T* const left = tile.query + g * step + d * Operand::kStepWords;
-        if (any) {
-          Operand::template multiply<2, true>(Operand::kTileRows, left, Operand::kStepWords, step,
-                                              right, tile.across_ld, depth, gradients_ + d * ld,
-                                              ld);
-        } else {
-          Operand::template multiply<2, false>(Operand::kTileRows, left, Operand::kStepWords, step,
-                                               right, tile.across_ld, depth, gradients_ + d * ld,
-                                               ld);
-        }
+        Operand::multiply_onto(any, Operand::kTileRows, left, Operand::kStepWords, step, right,
+                               tile.across_ld, depth, gradients_ + d * ld, ld);
       }
       any = true;
     }

@@ -58,16 +58,7 @@ cudaError_t forward(const AttentionForward& call, void* memory, cudaStream_t str
 }  // namespace
 
 const char* additive_group_not_supported(const AttentionProblem& p, const DeviceLimits& device) {
-  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
-  if (p.activation != Activation::kTanh) return "it has tanh only";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return "the inputs are not float16 or bfloat16";
-  }
-  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
-  if (p.head_dim < 1) return "the queries have no elements";
-  if (p.head_dim > kMostFeatures) return "the head dim of query and key is above 256";
-  if (p.value_dim > kMostValues) return "the head dim of value is above 256";
-  if (p.key_length == 0) return "there are no keys";
+  if (const char* reason = additive_on_tensor_cores_not_supported(p, device)) return reason;
   if (shared_bytes(p) > device.shared_bytes_per_block) {
     return "this GPU has too little shared memory for these head dims";
   }

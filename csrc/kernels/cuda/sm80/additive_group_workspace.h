@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/common/attention_problem.h"
+#include "kernels/cuda/sm80/additive_tensor_cores.h"
 #include "kernels/cuda/sm80/carver.h"
 
 // Sizes of the group method, and what its kernels leave for one another.
@@ -12,8 +13,8 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 
 constexpr int kQuadFeatures = 16;  // four groups of four features, the unit of all loops over them
 constexpr int kRows = 64;          // queries of a block; the tile of the generic kernel
-constexpr int kMostFeatures = 256;
-constexpr int kMostValues = 256;
+constexpr int kMostFeatures = kMostAdditiveElements;
+constexpr int kMostValues = kMostAdditiveValues;
 
 // Keys of a tile. Half as many for wide values, whose accumulators take the registers.
 TSA_HOST_DEVICE constexpr int tile_keys(std::int64_t value_dim) {

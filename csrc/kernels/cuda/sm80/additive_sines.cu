@@ -12,8 +12,6 @@ static_assert(Tile<float>::kTokens == 64);  // the generic kernel takes over til
 
 namespace {
 
-constexpr SineFits kFits = SineFits::of(kSineTerms);
-
 template <int width, int row_tiles, bool resident>
 struct Shape {
   static constexpr int kWidth = width;
@@ -50,18 +48,7 @@ cudaError_t forward(const AttentionForward& call, bool resident, void* memory,
   const auto workspace = SineWorkspace::of(p, !resident, memory);
   LaunchSequence launches(stream);
   const std::int64_t heads = p.batch * p.heads;
-  const std::int64_t kv_heads = p.batch * p.kv_heads;
-  launches.run(additive_sines_moments_kernel<T>,
-               heads * workspace.query_parts + kv_heads * workspace.key_parts, kMomentsThreads,
-               kMomentsBytes, p, workspace);
-  launches.run(additive_sines_plan_kernel<T>, heads, kPlanThreads, kPlanBytes, p, kFits, workspace);
-  launches.run(additive_sines_features_kernel<T, false>,
-               heads * workspace.padded_keys / kFeaturesRows, kFeaturesThreads, 0, p, workspace);
-  if (!resident) {
-    launches.run(additive_sines_features_kernel<T, true>,
-                 heads * workspace.padded_queries / kFeaturesRows, kFeaturesThreads, 0, p,
-                 workspace);
-  }
+  prepare_sines<T>(launches, p, workspace, !resident);
   with_shape(p, resident, [&](auto shape) {
     using S = decltype(shape);
     constexpr int kQueries = S::Tile::kQueries;
@@ -80,16 +67,7 @@ bool additive_sines_queries_stay(const AttentionProblem& p, const DeviceLimits& 
 }
 
 const char* additive_sines_not_supported(const AttentionProblem& p, const DeviceLimits& device) {
-  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
-  if (p.activation != Activation::kTanh) return "it has tanh only";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return "the inputs are not float16 or bfloat16";
-  }
-  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
-  if (p.head_dim < 1) return "the queries have no elements";
-  if (p.head_dim > kMostSineElements) return "the head dim of query and key is above 256";
-  if (p.value_dim > kMostSineValues) return "the head dim of value is above 256";
-  if (p.key_length == 0) return "there are no keys";
+  if (const char* reason = additive_on_tensor_cores_not_supported(p, device)) return reason;
   if (shared_bytes(p, false) > device.shared_bytes_per_block) {
     return "this GPU has too little shared memory";
   }

@@ -8,7 +8,6 @@ namespace torch_selfattn::kernels::cuda::sm80 {
 
 namespace {
 
-constexpr SineFits kFits = SineFits::of(kSineTerms);
 constexpr int kRowThreads = 256;
 
 // The statistics of all queries with those that do not exist, and redo, which nobody has set.
@@ -60,7 +59,6 @@ SineGradientWorkspace workspace_of(const AttentionProblem& p, void* memory) {
 
 template <int kTiles>
 cudaError_t backward(const AttentionBackward& call, void* memory, cudaStream_t stream) {
-  using T = SineNumber;
   const AttentionProblem& p = call.problem;
   const auto workspace = workspace_of(p, memory);
   const SineWorkspace& sines = workspace.sines;
@@ -71,14 +69,7 @@ cudaError_t backward(const AttentionBackward& call, void* memory, cudaStream_t s
   launches.run(additive_sines_statistics_kernel,
                (heads * sines.padded_queries + kRowThreads - 1) / kRowThreads, kRowThreads, 0, p,
                workspace, static_cast<const float*>(call.grad_lse));
-  launches.run(additive_sines_moments_kernel<T>,
-               heads * sines.query_parts + kv_heads * sines.key_parts, kMomentsThreads,
-               kMomentsBytes, p, sines);
-  launches.run(additive_sines_plan_kernel<T>, heads, kPlanThreads, kPlanBytes, p, kFits, sines);
-  launches.run(additive_sines_features_kernel<T, false>, heads * sines.padded_keys / kFeaturesRows,
-               kFeaturesThreads, 0, p, sines);
-  launches.run(additive_sines_features_kernel<T, true>,
-               heads * sines.padded_queries / kFeaturesRows, kFeaturesThreads, 0, p, sines);
+  prepare_sines<SineNumber>(launches, p, sines, true);
   launches.run(additive_sines_gradients_kernel<false, kTiles>,
                heads * (sines.padded_queries / kSineRows) * sine_slices(p, false), kSineThreads,
                SineGradientTile<kTiles>::kSharedBytes, call, workspace);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/cuda/launch_sequence.h"
 #include "kernels/cuda/sm80/additive_sines_features.cuh"
 
 // Which fit of tanh each element of each head takes, and the vectors that the features are made
@@ -253,6 +254,23 @@ __global__ void __launch_bounds__(kPlanThreads)
     put(kOfElement, element.weight);
     put(kKeyMean, element.key_mean);
   }
+}
+
+// Moments, plan and the features of the keys, and of the queries if wanted.
+template <typename T>
+void prepare_sines(LaunchSequence& launches, const AttentionProblem& p,
+                   const SineWorkspace& workspace, bool queries) {
+  constexpr SineFits fits = SineFits::of(kSineTerms);
+  const std::int64_t heads = p.batch * p.heads;
+  launches.run(additive_sines_moments_kernel<T>,
+               heads * workspace.query_parts + p.batch * p.kv_heads * workspace.key_parts,
+               kMomentsThreads, kMomentsBytes, p, workspace);
+  launches.run(additive_sines_plan_kernel<T>, heads, kPlanThreads, kPlanBytes, p, fits, workspace);
+  launches.run(additive_sines_features_kernel<T, false>,
+               heads * workspace.padded_keys / kFeaturesRows, kFeaturesThreads, 0, p, workspace);
+  if (!queries) return;
+  launches.run(additive_sines_features_kernel<T, true>,
+               heads * workspace.padded_queries / kFeaturesRows, kFeaturesThreads, 0, p, workspace);
 }
 
 }  // namespace torch_selfattn::kernels::cuda::sm80

@@ -6,6 +6,7 @@
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/common/tanh_sines.h"
+#include "kernels/cuda/sm80/additive_tensor_cores.h"
 #include "kernels/cuda/sm80/carver.h"
 
 // Sizes of the additive score as dot products of sines, and what its kernels leave for one another.
@@ -19,8 +20,8 @@ constexpr int kSineTerms = 6;
 constexpr int kChunkWords = 32;
 constexpr int kChunk = 2 * kChunkWords;  // features
 constexpr int kSineKeys = 128;           // of a tile; tokens are padded to a multiple of it
-constexpr int kMostSineElements = 256;
-constexpr int kMostSineValues = 256;
+constexpr int kMostSineElements = kMostAdditiveElements;
+constexpr int kMostSineValues = kMostAdditiveValues;
 
 // The fits of so many terms, by their limits.
 struct SineFits {

@@ -44,6 +44,19 @@ inline void check(const Results& got, const Results& expected, double tolerance)
   CHECK(relative_error(got.grad_slopes, expected.grad_slopes) < tolerance);
 }
 
+// The norm of the difference over the norm of what is expected.
+inline double norm_error(const std::vector<double>& got, const std::vector<double>& expected) {
+  REQUIRE(got.size() == expected.size());
+  double difference = 0.0;
+  double norm = 0.0;
+  for (std::size_t n = 0; n < got.size(); ++n) {
+    if (got[n] == expected[n]) continue;  // the lse of rows without keys
+    difference += (got[n] - expected[n]) * (got[n] - expected[n]);
+  }
+  for (const double x : expected) norm += std::isinf(x) ? 0.0 : x * x;
+  return norm == 0.0 ? difference : std::sqrt(difference / norm);
+}
+
 // Bits, so that NaN equals NaN.
 inline bool identical(const std::vector<double>& a, const std::vector<double>& b) {
   return a.size() == b.size() &&

@@ -18,19 +18,6 @@ using namespace torch_selfattn::kernels::testing;
 
 namespace {
 
-// The norm of the difference over the norm of what is expected.
-double norm_error(const std::vector<double>& got, const std::vector<double>& expected) {
-  REQUIRE(got.size() == expected.size());
-  double difference = 0.0;
-  double norm = 0.0;
-  for (std::size_t n = 0; n < got.size(); ++n) {
-    if (got[n] == expected[n]) continue;  // the lse of rows without keys
-    difference += (got[n] - expected[n]) * (got[n] - expected[n]);
-  }
-  for (const double x : expected) norm += std::isinf(x) ? 0.0 : x * x;
-  return norm == 0.0 ? difference : std::sqrt(difference / norm);
-}
-
 void check_norms(const Results& got, const Results& expected, double limit) {
   CHECK(norm_error(got.out, expected.out) < limit);
   CHECK(norm_error(got.lse, expected.lse) < limit);

@@ -37,16 +37,6 @@ bool runs(const Instance& instance) {
   return implementation("amx_sines").not_supported(instance.problem) == nullptr;
 }
 
-double norm_error(const std::vector<double>& got, const std::vector<double>& expected) {
-  double difference = 0.0;
-  double norm = 0.0;
-  for (std::size_t n = 0; n < got.size(); ++n) {
-    difference += (got[n] - expected[n]) * (got[n] - expected[n]);
-    norm += expected[n] * expected[n];
-  }
-  return std::sqrt(difference / norm);
-}
-
 // Errors of the norms beside those of the definition.
 void check_norms(const Results& got, const Results& expected, double out, double gradients) {
   CHECK(norm_error(got.out, expected.out) < out);
