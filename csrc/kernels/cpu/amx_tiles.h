@@ -74,6 +74,13 @@ struct Tiles : Packed {
     return round_up(n, kStep) / kStep * kStepWords;
   }
 
+  // Weights of one part lose far more when they are rounded.
+  template <typename T>
+  static TSA_INLINE Vec<T> exp2_of_score(Vec<T> x) {
+    if constexpr (kParts == 1) return exp2_of_bfloat16(x);
+    return exp2_or_infinity<T>(x);
+  }
+
   // Holds the tiles for a thread. They are released at the end, so that a switch to another thread
   // has nothing to save. In between they are configured for whole register tiles.
   class Session {

@@ -42,18 +42,25 @@ struct FloatParts : Bfloat16Words {
     return largest <= 0x1p43f && absolute(factor)[0] <= 0x1p30f;
   }
 
+  template <bool kWhole>
   static TSA_INLINE Words<float, n> load_along(const Rows& rows, std::int64_t row, std::int64_t x,
                                                std::int64_t /*n_words*/) {
-    const std::int64_t d = x * kPack;
-    return split(load_from(rows, row, d), load_from(rows, row, d + kLanes<float>));
+    constexpr int lanes = kLanes<float>;
+    const auto load_from = [&](std::int64_t d) __attribute__((always_inline)) {
+      const std::int64_t elements = kWhole ? lanes : smaller<std::int64_t>(lanes, rows.width - d);
+      return elements > 0 ? load_elements_of_row<float>(rows, row, d, elements) : VecF{};
+    };
+    return split(load_from(x * kPack), load_from(x * kPack + lanes));
   }
+  template <bool kWhole>
   static TSA_INLINE Words<float, n> load_across(const Rows& rows, std::int64_t begin,
                                                 std::int64_t end, std::int64_t x, std::int64_t d,
                                                 std::int64_t elements) {
     constexpr int lanes = kLanes<float>;
     const std::int64_t row = begin + x / lanes * lanes * kPack + x % lanes;
     const auto load_row_of = [&](std::int64_t r) __attribute__((always_inline)) {
-      return r < end ? load_elements_of_row<float>(rows, r, d, elements) : VecF{};
+      if (!kWhole && r >= end) return VecF{};
+      return load_elements_of_row<float>(rows, r, d, kWhole ? lanes : elements);
     };
     return split(load_row_of(row), load_row_of(row + lanes));
   }
@@ -118,11 +125,6 @@ struct FloatParts : Bfloat16Words {
 
  private:
   static constexpr unsigned kHighHalf = 0xffff0000u;
-
-  static TSA_INLINE VecF load_from(const Rows& rows, std::int64_t row, std::int64_t d) {
-    const std::int64_t elements = smaller<std::int64_t>(kLanes<float>, rows.width - d);
-    return elements > 0 ? load_elements_of_row<float>(rows, row, d, elements) : VecF{};
-  }
 };
 
 template <int n>

@@ -29,8 +29,9 @@
 // start.
 //
 // Keys are packed once per head and shared if many tasks read them, else by the task itself, or
-// read where they are (few_queries.h). Tasks that share a row block merge in a fixed order, so the
-// result does not depend on threads.
+// read where they are (few_queries.h). Where heads can be dealt out evenly, a thread packs the keys
+// of one and attends them all (whole_heads_): what another core has written comes slowly. Tasks
+// that share a row block merge in a fixed order, so the result does not depend on threads.
 //
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
@@ -71,6 +72,12 @@ class ForwardKernel {
     Carver carver(scratch.data());
     carve(carver);
 
+    if constexpr (!Score::kInPlace) {
+      if (whole_heads_) {
+        run_whole_heads();
+        return !failure_.raised();
+      }
+    }
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     for (first_unit_ = 0; first_unit_ < units; first_unit_ += units_at_once_) {
       run_units(smaller(units_at_once_, units - first_unit_));
@@ -89,6 +96,26 @@ class ForwardKernel {
   }
 
  private:
+  void run_whole_heads() {
+    parallel_.run(p_.batch * p_.kv_heads, [&](std::int64_t t, int thread) {
+      const typename Operand::Session session;
+      const std::int64_t b = t / p_.kv_heads;
+      for (std::int64_t n = 0; n < p_.group_size(); ++n) {
+        const std::int64_t h = t % p_.kv_heads * p_.group_size() + n;
+        if (n == 0 || Score::kKeysPerQueryHead) {
+          const std::int64_t head =
+              b * packed_heads() + (Score::kKeysPerQueryHead ? h : h / p_.group_size());
+          for (std::int64_t j = 0; j < p_.key_length; j += block_keys_) {
+            pack_shared(head, j, thread);
+          }
+        }
+        for (std::int64_t i = 0; i < p_.query_length; i += block_rows_) {
+          Task task{*this, thread, b, h, i, 0};
+          task.run();
+        }
+      }
+    });
+  }
   // `units` of heads from first_unit_ on.
   void run_units(std::int64_t units) {
     if constexpr (!Score::kInPlace) {
@@ -155,13 +182,14 @@ class ForwardKernel {
     // them again in less time than they would wait for them.
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
                    blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
+    whole_heads_ = shared_keys_ && splits_ == 1 && are_dealt_evenly(p_.batch * p_.kv_heads);
     // What is merged must be relative to maxima.
     first_references_ = (kHasPlainBands || kKeepsReferences) && splits_ == 1 &&
                         p_.slopes == nullptr &&
                         (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
     own_panels_ = !Score::kInPlace && !shared_keys_;
     units_at_once_ = units;
-    if (kHasContext<Score> && shared_keys_) {
+    if (kHasContext<Score> && shared_keys_ && !whole_heads_) {
       // Packed keys are many times as large as keys. No result depends on how many heads' there are
       // at a time, but there must be work for all threads.
       const std::int64_t bytes = padded_keys() * key_size() * std::int64_t{sizeof(T)};
@@ -176,11 +204,14 @@ class ForwardKernel {
   void carve(Carver& carver) {
     const std::int64_t keys = round_up(p_.key_length, kPanel<T>);
     if (shared_keys_) {
-      const std::int64_t heads = kHasContext<Score> ? units_at_once_ : all_packed_heads();
+      const std::int64_t heads = whole_heads_         ? workers()
+                                 : kHasContext<Score> ? units_at_once_
+                                                      : all_packed_heads();
       key_panels_ = carver.take<T>(heads * keys * key_size());
       key_bounds_ = carver.take<T>(heads * (keys / kPanel<T>));
       if (copy_values_) {
-        values_ = carver.take<T>(p_.batch * p_.kv_heads * Operand::words(keys) * width_);
+        const std::int64_t value_heads = whole_heads_ ? workers() : p_.batch * p_.kv_heads;
+        values_ = carver.take<T>(value_heads * Operand::words(keys) * width_);
       }
     }
     if (splits_ > 1) {
@@ -198,6 +229,7 @@ class ForwardKernel {
   // How many threads can be at work at once.
   std::int64_t workers() const {
     const std::int64_t threads = larger(parallel_.threads, 1);
+    if (whole_heads_) return smaller<std::int64_t>(threads, p_.batch * p_.kv_heads);
     const bool one_phase = !shared_keys_ && splits_ == 1;
     return one_phase ? smaller<std::int64_t>(threads, p_.batch * p_.heads * blocks_) : threads;
   }
@@ -240,9 +272,18 @@ class ForwardKernel {
 
   std::int64_t packed_heads() const { return Score::kKeysPerQueryHead ? p_.heads : p_.kv_heads; }
   std::int64_t all_packed_heads() const { return p_.batch * packed_heads(); }
-  // Row of the packed keys at which those of a head begin.
-  std::int64_t place_of_keys(std::int64_t head) const {
+  // Row of the packed keys, or values, at which those of a head begin.
+  std::int64_t place_of_keys(std::int64_t head, int thread) const {
+    if (whole_heads_) return thread * padded_keys();
     return (kHasContext<Score> ? head - first_unit_ : head) * padded_keys();
+  }
+  std::int64_t place_of_values(std::int64_t b, std::int64_t hk, int thread) const {
+    return (whole_heads_ ? thread : b * p_.kv_heads + hk) * padded_keys();
+  }
+  // Whether no thread waits for long while others have a task more.
+  bool are_dealt_evenly(std::int64_t tasks) const {
+    const std::int64_t idle = round_up(tasks, larger(parallel_.threads, 1)) - tasks;
+    return idle <= tasks / 16;
   }
   Rows key_rows(std::int64_t b, std::int64_t hk) const {
     return rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
@@ -262,13 +303,13 @@ class ForwardKernel {
     const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
     Score score = make_policy<Score>(p_, context_, buffer.constants, buffer.spare);
     score.set_head(b, h);
-    const std::int64_t row = place_of_keys(head) + j;
+    const std::int64_t row = place_of_keys(head, thread) + j;
     score.pack_keys(key_rows(b, hk), j, n, key_panels_ + row * key_size(),
                     key_bounds_ + row / kPanel<T>);
     if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
       failure_.check(pack_across_rows<Operand>(
           value_rows(b, hk), j, n,
-          values_ + Operand::words((b * p_.kv_heads + hk) * padded_keys() + j) * width_));
+          values_ + Operand::words(place_of_values(b, hk, thread) + j) * width_));
     }
   }
 
@@ -342,10 +383,11 @@ class ForwardKernel {
       }
       if (k.shared_keys_) {
         const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h0 : hk);
-        block.panels = k.key_panels_ + (k.place_of_keys(head) + first) * k.key_size();
-        block.bounds = k.key_bounds_ + (k.place_of_keys(head) + first) / kPanel<T>;
+        const std::int64_t key_row = k.place_of_keys(head, thread) + first;
+        block.panels = k.key_panels_ + key_row * k.key_size();
+        block.bounds = k.key_bounds_ + key_row / kPanel<T>;
         if (k.copy_values_) {
-          const std::int64_t row = (b * p.kv_heads + hk) * k.padded_keys() + first;
+          const std::int64_t row = k.place_of_values(b, hk, thread) + first;
           block.values = k.values_ + Operand::words(row) * k.width_;
         }
       } else {
@@ -371,12 +413,11 @@ class ForwardKernel {
       return buffer.weights + r % Operand::kBandRows * k.weight_ld_;
     }
 
-    void clear_sums(Buffers& buffer, std::int64_t rows) const {
+    void clear_statistics(Buffers& buffer, std::int64_t rows) const {
       for (std::int64_t r = 0; r < rows; r += kLanes<T>) {
         store(buffer.maximum + r, first_lanes<T>(splat(-infinity<T>()), rows - r, Vec<T>{}));
       }
       fill_zero(buffer.total, rows * kLanes<T>);
-      fill_zero(buffer.sums, rows * k.width_);
     }
 
     // As attend() by plain bands, if they can.
@@ -404,6 +445,10 @@ class ForwardKernel {
           if (!added) return false;
         }
       }
+      for (std::int64_t r = 0; r < rows; r += kGroupRows) {
+        const std::int64_t n = smaller<std::int64_t>(rows - r, kGroupRows);
+        if (!band.has_sums(r / kGroupRows)) fill_zero(buffer.sums + r * k.width_, n * k.width_);
+      }
       if (!band.has_low_scores()) return true;
       // A row may still wait for a reference, or have one that low scores are not far below.
       const auto scaled = score.scale(p.mask_kind != MaskKind::kNone);
@@ -426,15 +471,16 @@ class ForwardKernel {
 
     // Sums over all keys of the task: buffer.sums, .maximum, .total.
     void attend(Buffers& buffer, Score& score, std::int64_t rows, Zeros zeros) {
-      clear_sums(buffer, rows);
+      clear_statistics(buffer, rows);
       if constexpr (kHasPlainBands) {
         if (!running_maxima && zeros == Zeros::kMultiply) {
           used_references = true;
           if (attend_plainly(buffer, score, rows)) return;
           running_maxima = true;
-          clear_sums(buffer, rows);
+          clear_statistics(buffer, rows);
         }
       }
+      fill_zero(buffer.sums, rows * k.width_);
       const KeyRange all = buffer.ranges->all;
       // Blocks begin at multiples of a panel, as the shared panels do.
       std::int64_t first = all.begin / kPanel<T> * kPanel<T>;
@@ -774,7 +820,8 @@ class ForwardKernel {
                                const Scale& scaled, Vec<T> shift, const MaskRow& mask) {
       constexpr std::int64_t lanes = kLanes<T>;
       const auto weights = [&](std::int64_t j) __attribute__((always_inline)) {
-        return exp2_or_infinity<T>(mask.relative(j - begin, load(row + j), scaled, shift));
+        return Operand::template exp2_of_score<T>(
+            mask.relative(j - begin, load(row + j), scaled, shift));
       };
       T* words = to + Operand::words(begin);
       const auto put = [&](std::int64_t j, Vec<T> p0, Vec<T> p1) __attribute__((always_inline)) {
@@ -863,17 +910,23 @@ class ForwardKernel {
         check += total > splat(most) ? nan : Vec<T>{};
         const Vec<T> factor = reciprocal_of_total(total);
         const Vec<T> lse = lse_of(total, maximum);
-        for (int x = 0; x < n; ++x) {
-          T* const sums = buffer.sums + (r + x) * k.width_;
-          const std::int64_t h = head(r + x);
-          const std::int64_t i = query(r + x);
-          if (k.splits_ > 1) {
-            check += k.keep_part(((b * p.heads + h) * p.query_length + i) * k.splits_ + split, sums,
-                                 maximum[x], total[x]);
-          } else {
-            check += k.write_row(b, h, i, sums, factor[x], lse[x]);
+        const T* const sums = buffer.sums + r * k.width_;
+        if (k.splits_ > 1) {
+          for (int x = 0; x < n; ++x) {
+            const std::int64_t row = (b * p.heads + head(r + x)) * p.query_length + query(r + x);
+            check +=
+                k.keep_part(row * k.splits_ + split, sums + x * k.width_, maximum[x], total[x]);
           }
+          continue;
         }
+        T factors[kLanes<T>], lses[kLanes<T>];
+        store(factors, factor);
+        store(lses, lse);
+        std::int64_t places[kLanes<T>];
+        for (int x = 0; x < n; ++x) {
+          places[x] = k.write_lse(b, head(r + x), query(r + x), lses[x]);
+        }
+        check += k.write_outputs(n, places, sums, factors);
       }
       return sum_lanes<T>(check) == T(0);
     }
@@ -886,14 +939,17 @@ class ForwardKernel {
     return total == Vec<T>{} ? splat(-infinity<T>()) : log_scaled<T>(total, maximum);
   }
 
-  // The output and lse of row i. The result is 0 if the output is finite.
-  Vec<T> write_row(std::int64_t b, std::int64_t h, std::int64_t i, const T* sums, T factor,
-                   T lse) const {
-    const View& view = call_.out;
+  // The lse of row i. The result is the place of its output.
+  std::int64_t write_lse(std::int64_t b, std::int64_t h, std::int64_t i, T lse) const {
     static_cast<T*>(call_.lse)[(b * p_.heads + h) * p_.query_length + i] = lse;
-    return store_scaled_row(p_.dtype, view.data,
-                            b * view.stride[0] + h * view.stride[1] + i * view.stride[2],
-                            view.stride[3], p_.value_dim, sums, factor);
+    const View& view = call_.out;
+    return b * view.stride[0] + h * view.stride[1] + i * view.stride[2];
+  }
+  // The outputs of rows, factors[r] sums[r][width_]. The result is 0 if all are finite.
+  Vec<T> write_outputs(std::int64_t rows, const std::int64_t* places, const T* sums,
+                       const T* factors) const {
+    return store_scaled_rows(p_.dtype, call_.out.data, rows, places, call_.out.stride[3],
+                             p_.value_dim, sums, width_, factors);
   }
 
   // What one split has of a row. The result is as above.
@@ -923,8 +979,10 @@ class ForwardKernel {
       }
     }
     const std::int64_t pair = row / p_.query_length;
-    write_row(pair / p_.heads, pair % p_.heads, row % p_.query_length, buffer.sums,
-              reciprocal_of_total(splat(total))[0], lse_of(splat(total), splat(maximum))[0]);
+    const T factor = reciprocal_of_total(splat(total))[0];
+    const std::int64_t place = write_lse(pair / p_.heads, pair % p_.heads, row % p_.query_length,
+                                         lse_of(splat(total), splat(maximum))[0]);
+    write_outputs(1, &place, buffer.sums, &factor);
   }
 
   static constexpr std::int64_t kMostRows = Operand::kForwardRows > 128 ? kMaxBlockRows : 128;
@@ -946,6 +1004,7 @@ class ForwardKernel {
   std::int64_t first_unit_ = 0, units_at_once_ = 0;
   std::int64_t splits_ = 1, split_keys_ = 0;
   bool shared_keys_ = false, own_panels_ = false;
+  bool whole_heads_ = false;  // a thread packs a head's keys and attends them
   bool copy_values_ = false;
   bool first_references_ = false;  // see above
   mutable Failure<Operand> failure_;

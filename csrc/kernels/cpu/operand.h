@@ -17,6 +17,9 @@
 // An element of several parts has a word for each; the words of kLanes neighbours follow each other
 // part by part.
 //
+// They are loaded as words along a row (load_along) or across rows (load_across), with kWhole a
+// whole vector of elements side by side, of rows that are all there: then nothing is looked at.
+//
 // Two ways to pack rows for a sum along the row, and one for a sum over rows:
 //   along rows   [row][word]           the left operand of scores
 //   panels       [panel][word][key]    the right operand of scores
@@ -42,7 +45,12 @@ struct VectorProducts {
   static constexpr bool kTransposes = false;        // the left operand must lie along rows
   static constexpr bool kFinishes = true;           // a sum can be changed before it is stored
   static constexpr int kParts = 1;                  // of an element
-  static constexpr bool kGivesUp = false;           // what has no careful pass: Failure
+  // The softmax's exponential, infinity beyond 128.
+  template <typename T>
+  static TSA_INLINE Vec<T> exp2_of_score(Vec<T> x) {
+    return exp2_or_infinity<T>(x);
+  }
+  static constexpr bool kGivesUp = false;  // what has no careful pass: Failure
   // What a thread holds while it multiplies.
   struct [[maybe_unused]] Session {};
 };
@@ -75,14 +83,17 @@ struct Elements : VectorProducts {
   }
 
   // n <= kLanes words of a row from word d on, zeros behind. Words are counted as of one part.
+  template <bool kWhole>
   static TSA_INLINE Words<T> load_along(const Rows& rows, std::int64_t row, std::int64_t d,
                                         std::int64_t n) {
     return {{load_elements_of_row<T>(rows, row, d, n)}};
   }
   // Word x of a sum over the rows [begin, end), for n elements from d; zeros behind the last row.
+  template <bool kWhole>
   static TSA_INLINE Words<T> load_across(const Rows& rows, std::int64_t begin, std::int64_t end,
                                          std::int64_t x, std::int64_t d, std::int64_t n) {
-    return {{begin + x < end ? load_elements_of_row<T>(rows, begin + x, d, n) : Vec<T>{}}};
+    return {
+        {kWhole || begin + x < end ? load_elements_of_row<T>(rows, begin + x, d, n) : Vec<T>{}}};
   }
   static const T* in_place(const Rows& rows) { return rows_in_place<T>(rows); }
 
@@ -146,12 +157,15 @@ struct Bfloat16Pairs : Bfloat16Words {
                           : fma(splat(__builtin_bit_cast(float, bits & 0xffff0000u)), high, sum);
   }
 
+  template <bool kWhole>
   static TSA_INLINE Words<float> load_along(const Rows& rows, std::int64_t row, std::int64_t word,
                                             std::int64_t n) {
+    if constexpr (kWhole) {
+      return {{(VecF)_mm512_loadu_si512(bits_of(rows) + rows.at(row) + 2 * word)}};
+    }
     const std::int64_t elements = smaller<std::int64_t>(2 * n, rows.width - 2 * word);
     if (rows.element_stride == 1) {
       const auto* const from = bits_of(rows) + rows.at(row) + 2 * word;
-      if (elements == std::int64_t{2} * kLanes<float>) return {{(VecF)_mm512_loadu_si512(from)}};
       const auto mask = static_cast<__mmask32>((std::uint64_t{1} << elements) - 1);
       return {{(VecF)_mm512_maskz_loadu_epi16(mask, from)}};
     }
@@ -160,13 +174,15 @@ struct Bfloat16Pairs : Bfloat16Words {
     return {{(VecF)_mm512_load_si512(gathered)}};
   }
   // Of two neighbouring rows, the first in the low halves.
+  template <bool kWhole>
   static TSA_INLINE Words<float> load_across(const Rows& rows, std::int64_t begin, std::int64_t end,
                                              std::int64_t x, std::int64_t d, std::int64_t n) {
     const std::int64_t row = begin + kPack * x;
-    if (row >= end) return {};
-    const __m512i low = widened(rows, row, d, n);
-    if (row + 1 >= end) return {{(VecF)low}};
-    return {{(VecF)_mm512_or_si512(low, _mm512_slli_epi32(widened(rows, row + 1, d, n), 16))}};
+    if (!kWhole && row >= end) return {};
+    const __m512i low = widened<kWhole>(rows, row, d, n);
+    if (!kWhole && row + 1 >= end) return {{(VecF)low}};
+    const __m512i high = widened<kWhole>(rows, row + 1, d, n);
+    return {{(VecF)_mm512_or_si512(low, _mm512_slli_epi32(high, 16))}};
   }
 
   // Words of columns j, j + 1 of one row from 2 x kLanes columns.
@@ -201,11 +217,12 @@ struct Bfloat16Pairs : Bfloat16Words {
     const auto* const from = bits_of(rows) + rows.at(row) + d * rows.element_stride;
     for (std::int64_t i = 0; i < n; ++i) to[i] = from[i * rows.element_stride];
   }
+  template <bool kWhole>
   static TSA_INLINE __m512i widened(const Rows& rows, std::int64_t row, std::int64_t d,
                                     std::int64_t n) {
-    if (rows.element_stride == 1) {
+    if (kWhole || rows.element_stride == 1) {
       const auto* const from = bits_of(rows) + rows.at(row) + d;
-      if (n == kLanes<float>) {
+      if (kWhole || n == kLanes<float>) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
       }
       const auto mask = static_cast<__mmask16>((1u << n) - 1u);
@@ -281,40 +298,71 @@ class Failure {
   Flag flag_;
 };
 
-// n rows from `begin` to to[n][padded words], packed along the rows.
-template <typename Operand, typename T = typename Operand::Scalar>
-inline T pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+// Elements of a row in whole vectors of `vector` that lie side by side.
+inline std::int64_t whole_elements(const Rows& rows, std::int64_t vector) {
+  return rows.element_stride == 1 ? rows.width / vector * vector : 0;
+}
+
+// n rows from `begin` to to[n][padded words], packed along the rows, words as transform(words)
+// says.
+template <typename Operand, typename Transform, typename T = typename Operand::Scalar>
+inline T pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to,
+                         const Transform& transform) {
+  constexpr int lanes = kLanes<T>;
   constexpr int parts = Operand::kParts;
   const std::int64_t words = Operand::words(rows.width);
+  const std::int64_t whole_words = whole_elements(rows, Operand::kPack * lanes) / Operand::kPack;
   Largest<Operand> largest;
   for (std::int64_t r = begin; r < begin + n; ++r, to += padded<T>(words)) {
-    for (std::int64_t x = 0; x < words / parts; x += kLanes<T>) {
-      const auto n_words = smaller<std::int64_t>(kLanes<T>, words / parts - x);
-      const Words<T, parts> along = Operand::load_along(rows, r, x, n_words);
+    const auto pack = [&]<bool kWhole>(std::int64_t x) __attribute__((always_inline)) {
+      const auto n_words = smaller<std::int64_t>(lanes, words / parts - x);
+      const auto along = Operand::template load_along<kWhole>(rows, r, x, n_words);
       largest.add(along);
       for (int part = 0; part < parts; ++part) {
-        store(to + place_of<Operand>(x, part), along.part[part]);
+        store(to + place_of<Operand>(x, part), transform(along.part[part]));
       }
-    }
+    };
+    std::int64_t x = 0;
+    for (; x < whole_words; x += lanes) pack.template operator()<true>(x);
+    for (; x < words / parts; x += lanes) pack.template operator()<false>(x);
   }
   return largest.magnitude();
+}
+template <typename Operand, typename T = typename Operand::Scalar>
+inline T pack_along_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
+  return pack_along_rows<Operand>(rows, begin, n, to, Unchanged<T>{});
+}
+
+// Whether all rows are there of which word x of a sum over n rows, and those it is loaded with,
+// are.
+template <typename Operand>
+constexpr bool has_all_rows(std::int64_t x, std::int64_t n) {
+  return round_up((x + 1) * Operand::kPack, Operand::kStep) <= n;
 }
 
 // n rows from `begin` to to[words(n)][padded width], packed across the rows.
 template <typename Operand, typename T = typename Operand::Scalar>
 inline T pack_across_rows(const Rows& rows, std::int64_t begin, std::int64_t n, T* to) {
   constexpr int parts = Operand::kParts;
+  constexpr int lanes = kLanes<T>;
   const std::int64_t width = padded<T>(rows.width);
+  const std::int64_t whole_width = whole_elements(rows, lanes);
   Largest<Operand> largest;
   for (std::int64_t x = 0; x < Operand::words(n) / parts; ++x) {
-    for (std::int64_t d = 0; d < rows.width; d += kLanes<T>) {
-      const std::int64_t elements = smaller<std::int64_t>(kLanes<T>, rows.width - d);
-      const Words<T, parts> across = Operand::load_across(rows, begin, begin + n, x, d, elements);
+    const auto pack = [&]<bool kWhole>(std::int64_t d) __attribute__((always_inline)) {
+      const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
+      const auto across =
+          Operand::template load_across<kWhole>(rows, begin, begin + n, x, d, elements);
       largest.add(across);
       for (int part = 0; part < parts; ++part) {
         store(to + place_of<Operand>(x, part) * width + d, across.part[part]);
       }
+    };
+    std::int64_t d = 0;
+    if (has_all_rows<Operand>(x, n)) {
+      for (; d < whole_width; d += lanes) pack.template operator()<true>(d);
     }
+    for (; d < rows.width; d += lanes) pack.template operator()<false>(d);
   }
   return largest.magnitude();
 }
@@ -326,14 +374,16 @@ inline T pack_transposed(const Rows& rows, std::int64_t begin, std::int64_t n, T
   constexpr int lanes = kLanes<T>;
   constexpr int parts = Operand::kParts;
   const std::int64_t width = padded<T>(rows.width);
+  const std::int64_t whole_width = whole_elements(rows, lanes);
   Largest<Operand> largest;
   for (std::int64_t x = 0; x < Operand::words(n) / parts; x += lanes) {
-    for (std::int64_t d = 0; d < rows.width; d += lanes) {
+    const auto pack = [&]<bool kWhole>(std::int64_t d) __attribute__((always_inline)) {
       const std::int64_t elements = smaller<std::int64_t>(lanes, rows.width - d);
       Vec<T> square[parts][lanes];
 #pragma GCC unroll 16
       for (int y = 0; y < lanes; ++y) {
-        const auto across = Operand::load_across(rows, begin, begin + n, x + y, d, elements);
+        const auto across =
+            Operand::template load_across<kWhole>(rows, begin, begin + n, x + y, d, elements);
         largest.add(across);
         for (int part = 0; part < parts; ++part) square[part][y] = across.part[part];
       }
@@ -344,7 +394,12 @@ inline T pack_transposed(const Rows& rows, std::int64_t begin, std::int64_t n, T
           store(to + (d + e) * Operand::kStepWords + part * lanes, square[part][e]);
         }
       }
+    };
+    std::int64_t d = 0;
+    if (has_all_rows<Operand>(x + lanes - 1, n)) {
+      for (; d < whole_width; d += lanes) pack.template operator()<true>(d);
     }
+    for (; d < rows.width; d += lanes) pack.template operator()<false>(d);
     to += width * Operand::kStepWords;
   }
   return largest.magnitude();
@@ -381,16 +436,17 @@ inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* 
   constexpr int lanes = kLanes<T>;
   constexpr int parts = Operand::kParts;
   const std::int64_t words = Operand::words(rows.width) / parts;
+  const std::int64_t whole_words = whole_elements(rows, Operand::kPack * lanes) / Operand::kPack;
   for (int half = 0; half < kPanel<T>; half += lanes) {
-    for (std::int64_t x = 0; x < words; x += lanes) {
+    const auto pack = [&]<bool kWhole>(std::int64_t x) __attribute__((always_inline)) {
       const std::int64_t count = smaller<std::int64_t>(lanes, words - x);
       Vec<T> square[parts][lanes];
 #pragma GCC unroll 16
       for (int r = 0; r < lanes; ++r) {
         const std::int64_t row = half + r;
         prefetch_elements(rows, begin + row + lanes, x * Operand::kPack);
-        if (row < n) {
-          const auto along = Operand::load_along(rows, begin + row, x, count);
+        if (kWhole || row < n) {
+          const auto along = Operand::template load_along<kWhole>(rows, begin + row, x, count);
           for (int part = 0; part < parts; ++part) {
             square[part][r] = transform(along.part[part], x);
           }
@@ -403,10 +459,15 @@ inline void pack_panel(const Rows& rows, std::int64_t begin, std::int64_t n, T* 
         T* const panel = to + place_of<Operand>(x, part) * kPanel<T> + half;
 #pragma GCC unroll 16
         for (int e = 0; e < lanes; ++e) {
-          if (e < count) store(panel + e * kPanel<T>, square[part][e]);
+          if (kWhole || e < count) store(panel + e * kPanel<T>, square[part][e]);
         }
       }
+    };
+    std::int64_t x = 0;
+    if (half + lanes <= n) {
+      for (; x < whole_words; x += lanes) pack.template operator()<true>(x);
     }
+    for (; x < words; x += lanes) pack.template operator()<false>(x);
   }
 }
 

@@ -17,7 +17,7 @@
 //
 // So few keys at a time, since 32 rows of 256 scores beside what they are made of do not stay in
 // L1; and in the time of 64 keys the tile unit does not fall asleep (docs/kernels.md).
-// Bound: 2^x, two fifths of the time at 64 elements; at 128 loading keys and values from L2.
+// Bound: 2^x, a third of the time at 64 elements; at 128 loading keys and values from L2.
 namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA {
 
 template <typename Score>
@@ -39,7 +39,7 @@ class PlainBand {
     std::int64_t rows;  // up to kRows
     T* references;      // -inf: has seen no key
     T* totals;          // [rows][kLanes], lanes of the sum of the weights
-    T* sums;            // [rows][width], of the weighted values
+    T* sums;            // [rows][width], of the weighted values; not read at first (has_sums)
     std::int64_t width;
   };
   struct Keys {
@@ -79,12 +79,15 @@ class PlainBand {
         }
         if (!can_subtract_) return false;
         find_weights(q, keys.first, u, n, all_see_all, mask);
-        if constexpr (kValuesAtOnce) add_values(q, keys, {u, u + n}, weights_);
+        if constexpr (kValuesAtOnce) find_sums(q, keys, {u, u + n}, weights_, g);
       }
-      if constexpr (!kValuesAtOnce) add_values(q, keys, s, weights_ + Operand::words(s.begin));
+      if constexpr (!kValuesAtOnce) find_sums(q, keys, s, weights_ + Operand::words(s.begin), g);
     }
     return true;
   }
+
+  // Whether group g has seen keys: else its sums are still as they were.
+  bool has_sums(std::int64_t g) const { return (has_sums_ >> g & 1) != 0; }
 
   // Whether a row may have had very low scores only, which counted 0.
   bool has_low_scores() const { return has_low_; }
@@ -103,10 +106,20 @@ class PlainBand {
     return Operand::words(keys) + kLanes<T>;
   }
 
-  void add_values(const Queries& q, const Keys& keys, KeyRange span, const T* weights) const {
+  void find_sums(const Queries& q, const Keys& keys, KeyRange span, const T* weights,
+                 std::int64_t g) {
+    if (has_sums(g)) {
+      multiply_values<true>(q, keys, span, weights);
+    } else {
+      multiply_values<false>(q, keys, span, weights);
+    }
+    has_sums_ |= std::uint64_t{1} << g;
+  }
+  template <bool kAdd>
+  void multiply_values(const Queries& q, const Keys& keys, KeyRange span, const T* weights) const {
     const std::int64_t from = Operand::words(span.begin);
     for (std::int64_t d = 0; d < q.width; d += kStrip<T>) {
-      multiply<Operand, true, true>(Zeros::kMultiply, q.rows, weights, weights_stride_,
+      multiply<Operand, kAdd, true>(Zeros::kMultiply, q.rows, weights, weights_stride_,
                                     keys.values + from * keys.value_ld + d, keys.value_ld,
                                     Operand::words(span.end) - from, q.sums + d, q.width,
                                     smaller<std::int64_t>(kStrip<T>, q.width - d));
@@ -199,7 +212,7 @@ class PlainBand {
       const Vec<T> shift = splat(shifts_[r]);
       const auto weights = [&](int j) __attribute__((always_inline)) {
         const Vec<T> x = row.relative(j, load(scores + j), scaled, shift);
-        const Vec<T> p = exp2_or_infinity<T>(x);
+        const Vec<T> p = Operand::template exp2_of_score<T>(x);
         return kAllSeeAll ? p : seen.select(j, p, Vec<T>{});
       };
       Vec<T> sum = load(total);
@@ -223,6 +236,7 @@ class PlainBand {
   T shifts_[kRows];
   bool can_subtract_ = true;
   bool has_low_ = false;
+  std::uint64_t has_sums_ = 0;  // of a group, a bit each
 };
 
 }  // namespace torch_selfattn::kernels::cpu::TSA_CPU_ISA

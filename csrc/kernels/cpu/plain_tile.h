@@ -136,7 +136,7 @@ class PlainTile {
                               const Vec<T> product = load(products_ + i * kStride + j);
                               const Vec<T> relative = scaled.minus(score, shift);
                               smallest = at_most(relative, smallest);
-                              weight = exp2<T>(relative);
+                              weight = Operand::template exp2_of_score<T>(relative);
                               gradient = weight == Vec<T>{} ? Vec<T>{} : weight * (product - less);
                               if constexpr (!kAllSeeAll) {
                                 weight = seen.select(j, weight, Vec<T>{});

@@ -69,6 +69,12 @@ TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
 }
 // As narrow_bfloat16().
 TSA_INLINE void narrow_bfloat16s(VecF v, std::uint16_t* to) {
+#if defined(__AVX512BF16__)
+  // Subnormal numbers become 0, as in the products of these processors.
+  const auto narrowed = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed);
+  return;
+#endif
   typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   const auto bits = (WordVec<float>)v;
   const WordVec<float> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -256,22 +262,32 @@ inline Vec<T> store_scaled_elements(void* data, std::int64_t offset, std::int64_
   }
   return check;
 }
-// data[offset + d * stride] = factor * from[d], which has whole vectors. The result is NaN in some
-// lane if a product is not finite, else 0.
+// For each of `rows` rows r, data[offset[r] + d * stride] = factor[r] * from[r * ld + d]; `from`
+// has whole vectors. The result is NaN in some lane if a product is not finite, else 0.
 template <typename T>
-[[gnu::noinline]] Vec<T> store_scaled_row(DType dtype, void* data, std::int64_t offset,
-                                          std::int64_t stride, std::int64_t n, const T* from,
-                                          T factor) {
+[[gnu::noinline]] Vec<T> store_scaled_rows(DType dtype, void* data, std::int64_t rows,
+                                           const std::int64_t* offset, std::int64_t stride,
+                                           std::int64_t n, const T* from, std::int64_t ld,
+                                           const T* factor) {
+  Vec<T> check{};
+  const auto store_as = [&]<DType kType>() {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      check +=
+          store_scaled_elements<T, kType>(data, offset[r], stride, n, from + r * ld, factor[r]);
+    }
+  };
   switch (dtype) {
-    case DType::kFloat64:
-      return store_scaled_elements<T, DType::kFloat64>(data, offset, stride, n, from, factor);
-    case DType::kFloat32:
-      return store_scaled_elements<T, DType::kFloat32>(data, offset, stride, n, from, factor);
-    case DType::kFloat16:
-      return store_scaled_elements<T, DType::kFloat16>(data, offset, stride, n, from, factor);
-    default: break;
+    case DType::kFloat64: store_as.template operator()<DType::kFloat64>(); break;
+    case DType::kFloat32: store_as.template operator()<DType::kFloat32>(); break;
+    case DType::kFloat16: store_as.template operator()<DType::kFloat16>(); break;
+    case DType::kBFloat16: store_as.template operator()<DType::kBFloat16>(); break;
   }
-  return store_scaled_elements<T, DType::kBFloat16>(data, offset, stride, n, from, factor);
+  return check;
+}
+template <typename T>
+inline Vec<T> store_scaled_row(DType dtype, void* data, std::int64_t offset, std::int64_t stride,
+                               std::int64_t n, const T* from, T factor) {
+  return store_scaled_rows<T>(dtype, data, 1, &offset, stride, n, from, 0, &factor);
 }
 
 // As size_of, which the compiler could leave out of line.

@@ -161,13 +161,12 @@ class DotScore : public DotProducts<OperandT> {
   // rows queries from i to `queries`.
   void load_queries(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, T* queries) {
     const Rows query = rows_of(p_.dtype, p_.query, b, h, p_.head_dim);
-    pack_along_rows<Operand>(query, i, rows, queries);
-    const std::int64_t size = rows * query_size(p_.head_dim);
     Vec<T> bound{};
-    for (std::int64_t d = 0; d < size; d += kLanes<T>) {
-      if constexpr (kScalesQueries) store(queries + d, load(queries + d) * factor_);
-      bound = Operand::raise_bound(bound, load(queries + d));
-    }
+    pack_along_rows<Operand>(query, i, rows, queries, [&](Vec<T> words) {
+      if constexpr (kScalesQueries) words = words * factor_;
+      bound = Operand::raise_bound(bound, words);
+      return words;
+    });
     query_bound_ = Operand::bound_of(bound);
   }
 

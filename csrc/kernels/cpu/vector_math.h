@@ -95,22 +95,40 @@ TSA_INLINE VecF exp2_fraction_accurate(VecF r) {
 }
 TSA_INLINE VecD exp2_fraction_accurate(VecD r) { return exp2_fraction(r); }
 
+#if defined(__AVX512DQ__)
+// 2^x = 2^n fraction(r), x = n + r, n = floor(x): instructions of their own for r and for the
+// product. Below -126 it is 0: subnormal results would be slow.
+template <typename Fraction>
+TSA_INLINE VecF exp2_in_two(VecF x, const Fraction& fraction) {
+  const __mmask16 in_range = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLE_UQ);
+  const VecF r = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return (VecF)_mm512_maskz_scalef_ps(in_range, (__m512)fraction(r), (__m512)x);
+}
+// For what is rounded to bfloat16, whose rounding is 45 times as large: relative error 8.6e-5,
+// infinity beyond 128. 2^r for 0 <= r < 1, minimax with 2^0 = 1.
+TSA_INLINE VecF exp2_of_bfloat16(VecF x) {
+  return exp2_in_two(x, [](VecF r) {
+    VecF p = fma(splat(7.7067039906978607e-02f), r, splat(2.2764499485492706e-01f));
+    p = fma(p, r, splat(6.9511675834655762e-01f));
+    return fma(p, r, splat(1.f));
+  });
+}
+#endif
+
 // 2^x for x <= 127 (float): the softmax's exponential. Exactly 0 for x <= -127 (with AVX-512 -126)
 // and for -inf.
 template <typename T>
 TSA_INLINE Vec<T> exp2(Vec<T> x) {
 #if defined(__AVX512DQ__)
   if constexpr (sizeof(T) == 4) {
-    // x = n + r, n = floor(x): instructions of their own for r and for p 2^n. 2^r for 0 <= r < 1,
-    // minimax with 2^0 = 1: relative error 8.3e-8. Subnormal results would be slow.
-    const __mmask16 in_range = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLE_UQ);
-    const VecF r = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    VecF p = fma(splat(1.8671300818856168e-03f), r, splat(9.0170302844952230e-03f));
-    p = fma(p, r, splat(5.5799913145911020e-02f));
-    p = fma(p, r, splat(2.4016445013609056e-01f));
-    p = fma(p, r, splat(6.9315131180751990e-01f));
-    p = fma(p, r, splat(1.f));
-    return (VecF)_mm512_maskz_scalef_ps(in_range, (__m512)p, (__m512)x);
+    // As above; relative error 8.3e-8.
+    return exp2_in_two(x, [](VecF r) {
+      VecF p = fma(splat(1.8671300818856168e-03f), r, splat(9.0170302844952230e-03f));
+      p = fma(p, r, splat(5.5799913145911020e-02f));
+      p = fma(p, r, splat(2.4016445013609056e-01f));
+      p = fma(p, r, splat(6.9315131180751990e-01f));
+      return fma(p, r, splat(1.f));
+    });
   }
 #endif
   x = at_least(splat(Math<T>::min_exponent), x);

@@ -323,6 +323,11 @@ TEST_CASE("results do not depend on the number of threads") {
                           c.batch = 1, c.heads = 2, c.kv_heads = 1;
                           c.query_length = 110, c.key_length = 70;
                         }),
+                   make("heads that are dealt out whole by 2 threads, not by 3",
+                        [](Case& c) {
+                          c.batch = 1, c.heads = 4, c.kv_heads = 2;
+                          c.query_length = 200, c.key_length = 600, c.mask = MaskKind::kBool;
+                        }),
                    make("few queries of a group",
                         [](Case& c) { c.heads = 6, c.query_length = 1, c.key_length = 2100; }),
                    make("shared mask",
