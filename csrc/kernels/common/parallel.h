@@ -16,6 +16,12 @@ struct Parallel {
                     void (*task)(void* context, std::int64_t index, int thread),
                     void* context) = nullptr;
 
+  // Whether no thread waits for long at the end while others have one more of so many equal tasks.
+  bool deals_evenly(std::int64_t count) const {
+    const std::int64_t rest = threads > 1 ? count % threads : 0;
+    return rest == 0 || threads - rest <= count / 16;
+  }
+
   // body(index, thread), thread < min(count, threads)
   template <typename Body>
   void run(std::int64_t count, Body&& body) const {

@@ -21,9 +21,11 @@
 //   dv += (f p)^T dO, then dk and dq from G: five matrix products (dot product), three and a sweep
 //   over the elements (additive).
 // Tiles and inner loops are clipped to the keys that a group of query rows may see. The number of
-// groups depends on the problem only, so results do not depend on threads. Where batches or heads
-// share a mask that needs a gradient (mask_gradient.h) a task owns a subset of batches and key
-// heads (a unit) instead of one. Bound: FMA (dot product), FMA and division (additive).
+// groups depends on the problem only, so results do not depend on threads. Where key heads can be
+// dealt out evenly a thread runs all groups of one, whose copies and dq stay in its cache
+// (whole_heads_), and adds in the same order. Where batches or heads share a mask that needs a
+// gradient (mask_gradient.h) a task owns a subset of batches and key heads (a unit) instead of one.
+// Bound: FMA (dot product), FMA and division (additive).
 //
 // If a result is not finite the task is run again carefully, or the kernel gives up, as in
 // forward.h. Length: one class, whose steps share the tile and its buffers.
@@ -53,7 +55,7 @@ class BackwardKernel {
     carve(carver);
 
     const std::int64_t pairs = p_.batch * p_.heads;
-    if (groups_ > 1) {
+    if (groups_ > 1 && !whole_heads_) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
         const std::int64_t b = t / chunks / p_.heads;
@@ -64,14 +66,19 @@ class BackwardKernel {
         if (!failure_.raised()) prepare(b, h, begin, end);
       });
     }
-    parallel_.run(batch_sets_ * head_sets_ * groups_, [&](std::int64_t t, int thread) {
+    const std::int64_t groups_at_once = whole_heads_ ? groups_ : 1;
+    const std::int64_t tasks = batch_sets_ * head_sets_ * groups_ / groups_at_once;
+    parallel_.run(tasks, [&](std::int64_t t, int thread) {
       const typename Operand::Session session;
-      const std::int64_t unit = t / groups_;
-      Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, t % groups_};
-      task.run();
+      for (std::int64_t n = t * groups_at_once; n < (t + 1) * groups_at_once; ++n) {
+        const std::int64_t unit = n / groups_;
+        Task task{*this, buffers(thread), unit / head_sets_, unit % head_sets_, n % groups_};
+        task.run();
+        if (whole_heads_) task.add_grad_query();
+      }
     });
     if (failure_.raised()) return false;
-    if (groups_ > 1) {
+    if (groups_ > 1 && !whole_heads_) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
         reduce_grad_query(t / chunks, t % chunks * kPrepareRows,
@@ -129,9 +136,11 @@ class BackwardKernel {
     groups_ = larger(groups_, smaller(blocks_, (kLeastTasks + units - 1) / units));
     groups_ = larger<std::int64_t>(groups_, 1);
     mask_.plan_groups(groups_);
+    const bool one_head = batch_sets_ == p_.batch && head_sets_ == p_.kv_heads;
+    whole_heads_ = groups_ > 1 && one_head && parallel_.deals_evenly(units);
     // Features are many times as large as tokens: of all heads only where these are few.
     const bool few_heads = p_.batch * p_.heads <= larger(parallel_.threads, 1);
-    own_copies_ = groups_ == 1 || (kHasFeatures && !few_heads);
+    own_copies_ = groups_ == 1 || whole_heads_ || (kHasFeatures && !few_heads);
 
     copy_query_ = Gradient::kReadsQueries &&
                   Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
@@ -139,6 +148,7 @@ class BackwardKernel {
         Operand::in_place(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
     grad_query_in_place_ = groups_ == 1 && p_.dtype == dtype_of<T>() &&
                            call_.grad_query.stride[3] == 1 && p_.head_dim % kLanes<T> == 0;
+    own_grad_query_ = !grad_query_in_place_ && (groups_ == 1 || whole_heads_);
   }
 
   void carve(Carver& carver) {
@@ -148,7 +158,9 @@ class BackwardKernel {
     norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
     if (!own_copies_) copies_.carve(*this, carver, p_.batch * p_.heads);
-    if (!grad_query_in_place_) grad_query_ = carver.take<T>(groups_ * rows * query_width_);
+    if (!grad_query_in_place_ && !own_grad_query_) {
+      grad_query_ = carver.take<T>(groups_ * rows * query_width_);
+    }
     if (Gradient::kHasWeight) {
       weight_sums_ = carver.take<double>(p_.batch * p_.heads * groups_ * weight_size());
     }
@@ -164,7 +176,7 @@ class BackwardKernel {
   // How many threads can be at work at once.
   std::int64_t workers() const {
     const std::int64_t threads = larger(parallel_.threads, 1);
-    if (groups_ > 1) return threads;
+    if (groups_ > 1 && !whole_heads_) return threads;
     return larger<std::int64_t>(smaller<std::int64_t>(threads, batch_sets_ * head_sets_), 1);
   }
   std::int64_t weight_size() const { return query_width_ + 1; }  // sum G r, then sum G
@@ -217,12 +229,16 @@ class BackwardKernel {
       factors = carver.take<T>(k.query_width_);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges<T>>(1);
-      if (k.own_copies_) copies.carve(k, carver, k.p_.kv_heads > 0 ? k.p_.group_size() : 0);
+      const std::int64_t heads = k.p_.kv_heads > 0 ? k.p_.group_size() : 0;
+      if (k.own_copies_) copies.carve(k, carver, heads);
+      const std::int64_t parts = k.own_grad_query_ ? (k.groups_ == 1 ? 1 : 2) : 0;
+      grad_query = carver.take<T>(parts * heads * k.p_.query_length * k.query_width_);
       bytes = carver.used();
     }
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
     T *weights, *grad_scores, *packed_grad_scores, *weights_across, *grad_scores_across;
     T* plain_tile = nullptr;
+    T* grad_query;  // of this and of all groups so far, unless others add theirs
     T *row, *grad_key, *grad_key_head, *grad_value, *grad_key_turned, *grad_value_turned, *factors;
     RowRanges* ranges;
     TileRanges<T>* tile;
@@ -347,10 +363,6 @@ class BackwardKernel {
     std::int64_t ld;
   };
   MutableMatrix grad_query_matrix(std::int64_t b, std::int64_t h, std::int64_t group) const {
-    if (grad_query_in_place_) {
-      const View& view = call_.grad_query;
-      return {static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1], view.stride[2]};
-    }
     const std::int64_t rows = p_.batch * p_.heads * p_.query_length;
     return {grad_query_ + (group * rows + first_row(b, h)) * query_width_, query_width_};
   }
@@ -396,12 +408,13 @@ class BackwardKernel {
       const AttentionProblem& p = k.p_;
       const std::int64_t per_head = p.group_size();
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
-        if (k.own_copies_) {
+        if (k.own_copies_ && (group == 0 || !k.whole_heads_)) {
           k.copy(buffer.copies, b, h, 0, p.query_length, buffer.spare);
           if (k.failure_.raised()) return true;
         }
-        if (k.groups_ == 1 && zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
-        const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+        const bool prepares = k.groups_ == 1 || (k.whole_heads_ && group == 0);
+        if (prepares && zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
+        const MutableMatrix dq = grad_query(b, h);
         for (std::int64_t i = 0; i < p.query_length; ++i) {
           fill_zero(dq.data + i * dq.ld, k.query_width_);
         }
@@ -464,7 +477,7 @@ class BackwardKernel {
       for (std::int64_t h = hk * per_head; h < (hk + 1) * per_head; ++h) {
         gradient.set_head(b, h);
         load_factors(gradient);
-        const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+        const MutableMatrix dq = grad_query(b, h);
         if constexpr (kHasFeatures) {
           if (group == 0) gradient.add_row_sums(b, h, dq.data, dq.ld, weight_sums(b, h));
         }
@@ -482,6 +495,45 @@ class BackwardKernel {
         finite = finish_weight(gradient, b, h) && finite;
       }
       return finite && sum_lanes<T>(check) == T(0);
+    }
+
+    MutableMatrix grad_query(std::int64_t b, std::int64_t h) const {
+      if (k.grad_query_in_place_) {
+        const View& view = k.call_.grad_query;
+        T* const data = static_cast<T*>(view.data);
+        return {data + b * view.stride[0] + h * view.stride[1], view.stride[2]};
+      }
+      if (!k.own_grad_query_) return k.grad_query_matrix(b, h, group);
+      return own_grad_query(h, group == 0 ? 0 : 1);
+    }
+    // Part 0 is of the first group, and then of all so far.
+    MutableMatrix own_grad_query(std::int64_t h, std::int64_t part) const {
+      const std::int64_t per_head = k.p_.group_size();
+      const std::int64_t row = (part * per_head + h % per_head) * k.p_.query_length;
+      return {buffer.grad_query + row * k.query_width_, k.query_width_};
+    }
+
+    // Where one task after the other has the groups of a head: adds that of this one to those
+    // before, as reduce_grad_query does; the last one writes the sum.
+    void add_grad_query() {
+      const AttentionProblem& p = k.p_;
+      if (group == 0 || k.failure_.raised()) return;
+      const std::int64_t per_head = p.group_size();
+      for (std::int64_t h = head_set * per_head; h < (head_set + 1) * per_head; ++h) {
+        const MutableMatrix sum = own_grad_query(h, 0);
+        const MutableMatrix part = own_grad_query(h, 1);
+        for (std::int64_t i = 0; i < p.query_length; ++i) {
+          T* const row = sum.data + i * sum.ld;
+          for (std::int64_t d = 0; d < k.query_width_; d += kLanes<T>) {
+            const Vec<T> before = load(row + d);
+            store(row + d,
+                  (group == 1 ? Vec<T>{} + before : before) + load(part.data + i * part.ld + d));
+          }
+          if (group == k.groups_ - 1) {
+            write_row(k.call_.grad_query, batch_set, h, i, k.token_dim_, row);
+          }
+        }
+      }
     }
 
     // Where sums over rows for a block of keys are made: rows[keys][width], or the transpose of it.
@@ -572,7 +624,7 @@ class BackwardKernel {
       add_over_rows<Operand, kGroupRows>(tile, rows, keys, zeros, buffer.weights_across,
                                          k.score_ld_, grad_out_across.row(word), grad_out_across.ld,
                                          dv.data(), dv.ld(), k.value_width_);
-      const MutableMatrix dq = k.grad_query_matrix(b, h, group);
+      const MutableMatrix dq = grad_query(b, h);
       GradientTile<T> work;
       work.ranges = &tile;
       work.rows = rows;
@@ -807,7 +859,9 @@ class BackwardKernel {
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
-  bool own_copies_ = true;  // each task makes those of its key head
+  bool own_grad_query_ = false;
+  bool own_copies_ = true;    // each task makes those of its key head
+  bool whole_heads_ = false;  // a thread runs all groups of a key head, one after the other
   mutable Failure<Operand> failure_;
 
   MaskGradient<T> mask_;
@@ -817,7 +871,7 @@ class BackwardKernel {
   T* norm_ = nullptr;              // [b][h][i]: 1, or see exact_statistics
   char* huge_ = nullptr;           // [b][h][i]: the scores of the row are huge
   Copies copies_;                  // unless own_copies_
-  T* grad_query_ = nullptr;        // [group][b][h][i][query_width_]
+  T* grad_query_ = nullptr;        // [group][b][h][i][query_width_], if tasks share rows
   double* weight_sums_ = nullptr;  // [b][h][group][weight_size()]
   double* slope_sums_ = nullptr;   // [b][h][group]; null: not wanted
   char* base_ = nullptr;

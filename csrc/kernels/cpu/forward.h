@@ -182,7 +182,7 @@ class ForwardKernel {
     // them again in less time than they would wait for them.
     shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
                    blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
-    whole_heads_ = shared_keys_ && splits_ == 1 && are_dealt_evenly(p_.batch * p_.kv_heads);
+    whole_heads_ = shared_keys_ && splits_ == 1 && parallel_.deals_evenly(p_.batch * p_.kv_heads);
     // What is merged must be relative to maxima.
     first_references_ = (kHasPlainBands || kKeepsReferences) && splits_ == 1 &&
                         p_.slopes == nullptr &&
@@ -279,11 +279,6 @@ class ForwardKernel {
   }
   std::int64_t place_of_values(std::int64_t b, std::int64_t hk, int thread) const {
     return (whole_heads_ ? thread : b * p_.kv_heads + hk) * padded_keys();
-  }
-  // Whether no thread waits for long while others have a task more.
-  bool are_dealt_evenly(std::int64_t tasks) const {
-    const std::int64_t idle = round_up(tasks, larger(parallel_.threads, 1)) - tasks;
-    return idle <= tasks / 16;
   }
   Rows key_rows(std::int64_t b, std::int64_t hk) const {
     return rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
