@@ -157,14 +157,21 @@ Tensor part(const Tensor& bias, int64_t begin, int64_t end) {
   return bias.defined() ? bias.slice(0, begin, end) : bias;
 }
 
+// x (B, L, D). Without batch_first the length is outside in memory, and linear() would copy an
+// input that is not contiguous.
+Tensor project(const Tensor& x, const Tensor& weight, const Tensor& bias, bool batch_first) {
+  if (batch_first) return torch::linear(x, weight, given(bias));
+  return torch::linear(x.transpose(0, 1), weight, given(bias)).transpose(0, 1);
+}
+
 }  // namespace
 
 Tensor MultiHeadAttentionImpl::project_query(const Tensor& query, int64_t query_offset,
                                              const Tensor& query_offsets) {
   const int64_t e = options.embed_dim();
   const Tensor weight = in_proj_weight.defined() ? in_proj_weight.slice(0, 0, e) : q_proj_weight;
-  const Tensor q =
-      heads(torch::linear(query, weight, given(part(in_proj_bias, 0, e))), options.num_heads());
+  const Tensor q = heads(project(query, weight, part(in_proj_bias, 0, e), options.batch_first()),
+                         options.num_heads());
   if (!rotary) return q;
   if (!query_offsets.defined()) return rotary->forward(q, query_offset);
   return rotary->forward(q, 0, positions_of(q.size(2), query_offset, query_offsets));
@@ -178,16 +185,16 @@ std::tuple<Tensor, Tensor> MultiHeadAttentionImpl::project_key_value(const Tenso
   Tensor k;
   Tensor v;
   if (in_proj_weight.defined() && value.is_same(key)) {
-    const Tensor both =
-        torch::linear(key, in_proj_weight.slice(0, e), given(part(in_proj_bias, e, e + 2 * kv)));
+    const Tensor both = project(key, in_proj_weight.slice(0, e), part(in_proj_bias, e, e + 2 * kv),
+                                options.batch_first());
     // One split, whose backward joins the two gradients; that of two slices adds them up.
     const auto halves = both.chunk(2, -1);
     k = halves[0];
     v = halves[1];
   } else {
     const auto weights = split_weights();
-    k = torch::linear(key, weights[1], given(part(in_proj_bias, e, e + kv)));
-    v = torch::linear(value, weights[2], given(part(in_proj_bias, e + kv, e + 2 * kv)));
+    k = project(key, weights[1], part(in_proj_bias, e, e + kv), options.batch_first());
+    v = project(value, weights[2], part(in_proj_bias, e + kv, e + 2 * kv), options.batch_first());
   }
   k = heads(k, num_kv_heads);
   v = heads(v, num_kv_heads);

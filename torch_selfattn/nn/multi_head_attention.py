@@ -249,6 +249,13 @@ class MultiHeadAttention(nn.Module):
         """(B, L, heads * E) -> (B, heads, L, E), a view."""
         return x.unflatten(-1, [heads, self.head_dim]).transpose(1, 2)
 
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, L, D). Without batch_first the length is outside in memory, and F.linear would copy
+        an input that is not contiguous."""
+        if self.batch_first:
+            return F.linear(x, weight, bias)
+        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+
     def _positions(self, length: int, offset: int, offsets: Tensor) -> Tensor:
         """(B, L): the positions of queries whose sample b starts at offset + offsets[b]."""
         return torch.arange(length, device=offsets.device) + (offsets[:, None] + offset)
@@ -258,7 +265,8 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """query (B, Lq, embed_dim) -> (B, H, Lq, head dim), projected and rotated."""
         weight = self._split_weights()[0]
-        q = self._heads(F.linear(query, weight, self._bias(0, self.embed_dim)), self.num_heads)
+        bias = self._bias(0, self.embed_dim)
+        q = self._heads(self._project(query, weight, bias), self.num_heads)
         rotary = self.rotary
         if rotary is not None:
             if query_offsets is None:
@@ -275,13 +283,13 @@ class MultiHeadAttention(nn.Module):
         e, kv = self.embed_dim, self.kv_embed_dim
         packed = self.in_proj_weight
         if packed is not None and value is key:
-            both = F.linear(key, packed[e:], self._bias(e, e + 2 * kv))
+            both = self._project(key, packed[e:], self._bias(e, e + 2 * kv))
             # One split, whose backward joins the two gradients; that of two slices adds them up.
             k, v = both.chunk(2, -1)
         else:
             _, k_weight, v_weight = self._split_weights()
-            k = F.linear(key, k_weight, self._bias(e, e + kv))
-            v = F.linear(value, v_weight, self._bias(e + kv, e + 2 * kv))
+            k = self._project(key, k_weight, self._bias(e, e + kv))
+            v = self._project(value, v_weight, self._bias(e + kv, e + 2 * kv))
         k, v = self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
         rotary = self.rotary
         if rotary is not None:
