@@ -84,6 +84,12 @@ struct AttentionProblem {
   const std::int64_t* philox_state = nullptr;  // {seed, offset}; read only if dropout_p > 0
 
   TSA_HOST_DEVICE bool compute_in_double() const { return dtype == DType::kFloat64; }
+  // Whether some samples may have far fewer pairs than others.
+  bool samples_differ() const {
+    const bool masks = mask_kind == MaskKind::kBool && mask_size[0] > 1;
+    return batch > 1 &&
+           (masks || key_lengths != nullptr || key_starts != nullptr || query_offsets != nullptr);
+  }
   TSA_HOST_DEVICE std::int64_t group_size() const { return heads / kv_heads; }
 };
 

@@ -16,9 +16,11 @@ struct Parallel {
                     void (*task)(void* context, std::int64_t index, int thread),
                     void* context) = nullptr;
 
-  // Whether no thread waits for long at the end while others have one more of so many equal tasks.
-  bool deals_evenly(std::int64_t count) const {
-    const std::int64_t rest = threads > 1 ? count % threads : 0;
+  // Whether no thread waits for long at the end while others are at one more of so many tasks.
+  bool deals_evenly(std::int64_t count, bool equal_tasks) const {
+    if (threads <= 1) return true;
+    if (!equal_tasks && count < 4 * std::int64_t{threads}) return false;
+    const std::int64_t rest = count % threads;
     return rest == 0 || threads - rest <= count / 16;
   }
 

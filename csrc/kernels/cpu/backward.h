@@ -137,7 +137,7 @@ class BackwardKernel {
     groups_ = larger<std::int64_t>(groups_, 1);
     mask_.plan_groups(groups_);
     const bool one_head = batch_sets_ == p_.batch && head_sets_ == p_.kv_heads;
-    whole_heads_ = groups_ > 1 && one_head && parallel_.deals_evenly(units);
+    whole_heads_ = groups_ > 1 && one_head && parallel_.deals_evenly(units, !p_.samples_differ());
     // Features are many times as large as tokens: of all heads only where these are few.
     const bool few_heads = p_.batch * p_.heads <= larger(parallel_.threads, 1);
     own_copies_ = groups_ == 1 || whole_heads_ || (kHasFeatures && !few_heads);
@@ -183,7 +183,8 @@ class BackwardKernel {
 
   // Copies of queries and of the output's gradient as the products read them, where they cannot be
   // read in place: [head][words or rows][width or words]. Of all heads, if several tasks read them;
-  // else (own_copies_) of the heads of one key head, by its task.
+  // else (own_copies_) of the heads of one key head, by its task, or by the first of those that a
+  // thread runs one after the other (whole_heads_).
   struct Copies {
     T *query_across = nullptr, *grad_out_across = nullptr;
     T *query_along = nullptr, *grad_out_along = nullptr;  // if kPacksTwice
@@ -238,7 +239,7 @@ class BackwardKernel {
     T *constants, *spare, *gradient, *queries, *key_panels, *bounds, *value_panels;
     T *weights, *grad_scores, *packed_grad_scores, *weights_across, *grad_scores_across;
     T* plain_tile = nullptr;
-    T* grad_query;  // of this and of all groups so far, unless others add theirs
+    T* grad_query;  // of the groups so far, then of this one (own_grad_query)
     T *row, *grad_key, *grad_key_head, *grad_value, *grad_key_turned, *grad_value_turned, *factors;
     RowRanges* ranges;
     TileRanges<T>* tile;
@@ -860,7 +861,7 @@ class BackwardKernel {
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
   bool own_grad_query_ = false;
-  bool own_copies_ = true;    // each task makes those of its key head
+  bool own_copies_ = true;    // of a key head, in the thread's buffers
   bool whole_heads_ = false;  // a thread runs all groups of a key head, one after the other
   mutable Failure<Operand> failure_;
 

@@ -28,10 +28,11 @@
 // above that, the block of rows is computed again by running maxima, as all others are from the
 // start.
 //
-// Keys are packed once per head and shared if many tasks read them, else by the task itself, or
-// read where they are (few_queries.h). Where heads can be dealt out evenly, a thread packs the keys
-// of one and attends them all (whole_heads_): what another core has written comes slowly. Tasks
-// that share a row block merge in a fixed order, so the result does not depend on threads.
+// Keys are read where they are (few_queries.h) or packed (Packing): by the task, if few read them;
+// by each thread for its tasks, if these are many, since what another core has written comes
+// slowly; else once for all. Where heads can be dealt out evenly a thread attends all of a head
+// (whole_heads_). Tasks that share a row block merge in a fixed order, so the result does not
+// depend on threads.
 //
 // Bound: FMA (dot product), FMA and division (additive); memory bandwidth with one query.
 //
@@ -72,11 +73,12 @@ class ForwardKernel {
     Carver carver(scratch.data());
     carve(carver);
 
-    if constexpr (!Score::kInPlace) {
-      if (whole_heads_) {
-        run_whole_heads();
-        return !failure_.raised();
-      }
+    for (int thread = 0; packing_ == Packing::kByThread && thread < workers(); ++thread) {
+      *buffers(thread).packed = {};
+    }
+    if (whole_heads_) {
+      run_whole_heads();
+      return !failure_.raised();
     }
     const std::int64_t units = p_.batch * p_.heads / block_heads_;
     for (first_unit_ = 0; first_unit_ < units; first_unit_ += units_at_once_) {
@@ -96,38 +98,33 @@ class ForwardKernel {
   }
 
  private:
+  // Who packs keys and values, and for whom: a task for itself, block by block; a thread for its
+  // tasks, a head at a time; tasks of their own for all.
+  enum class Packing : std::uint8_t { kInPlace, kByTask, kByThread, kForAll };
+
   void run_whole_heads() {
     parallel_.run(p_.batch * p_.kv_heads, [&](std::int64_t t, int thread) {
       const typename Operand::Session session;
-      const std::int64_t b = t / p_.kv_heads;
-      for (std::int64_t n = 0; n < p_.group_size(); ++n) {
-        const std::int64_t h = t % p_.kv_heads * p_.group_size() + n;
-        if (n == 0 || Score::kKeysPerQueryHead) {
-          const std::int64_t head =
-              b * packed_heads() + (Score::kKeysPerQueryHead ? h : h / p_.group_size());
-          for (std::int64_t j = 0; j < p_.key_length; j += block_keys_) {
-            pack_shared(head, j, thread);
-          }
-        }
-        for (std::int64_t i = 0; i < p_.query_length; i += block_rows_) {
-          Task task{*this, thread, b, h, i, 0};
-          task.run();
-        }
+      const std::int64_t per_head = p_.group_size() * blocks_;
+      for (std::int64_t n = t * per_head; n < (t + 1) * per_head; ++n) {
+        const std::int64_t head = n / blocks_;
+        Task task{*this, thread, head / p_.heads, head % p_.heads, n % blocks_ * block_rows_, 0};
+        task.run();
       }
     });
   }
   // `units` of heads from first_unit_ on.
   void run_units(std::int64_t units) {
-    if constexpr (!Score::kInPlace) {
-      const std::int64_t heads =
-          shared_keys_ ? (kHasContext<Score> ? units : all_packed_heads()) : 0;
+    if (packing_ == Packing::kForAll) {
+      const std::int64_t heads = kHasContext<Score> ? units : all_packed_heads();
       const std::int64_t chunks = (p_.key_length + block_keys_ - 1) / block_keys_;
       parallel_.run(heads * chunks, [&](std::int64_t t, int thread) {
-        pack_shared(first_unit_ + t / chunks, (t % chunks) * block_keys_, thread);
+        pack_for_all(first_unit_ + t / chunks, (t % chunks) * block_keys_, thread);
       });
     }
     const bool causal = p_.window_right >= 0;
-    const std::int64_t together = causal ? larger<std::int64_t>(parallel_.threads, 1) : 1;
+    const std::int64_t together =
+        causal && packing_ != Packing::kByThread ? larger<std::int64_t>(parallel_.threads, 1) : 1;
     parallel_.run(units * blocks_ * splits_, [&](std::int64_t t, int thread) {
       const typename Operand::Session session;
       const std::int64_t split = t % splits_;
@@ -145,7 +142,7 @@ class ForwardKernel {
     });
   }
 
-  // Sizes depend on the problem only, never on the number of threads.
+  // No result depends on the number of threads: it decides who packs keys, and how many at a time.
   void plan() {
     width_ = padded<T>(p_.value_dim);
     const std::int64_t keys = larger<std::int64_t>(p_.key_length, 1);
@@ -180,16 +177,28 @@ class ForwardKernel {
     splits_ = (keys + split_keys_ - 1) / split_keys_;
     // Two readers of a head's keys, be they blocks of rows or heads, and few tasks altogether pack
     // them again in less time than they would wait for them.
-    shared_keys_ = !Score::kInPlace && p_.key_length > 0 &&
-                   blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
-    whole_heads_ = shared_keys_ && splits_ == 1 && parallel_.deals_evenly(p_.batch * p_.kv_heads);
+    const bool many_readers =
+        blocks_ * p_.heads > 2 * packed_heads() && tasks * splits_ > kFewTasks;
+    packing_ = Score::kInPlace                     ? Packing::kInPlace
+               : many_readers && p_.key_length > 0 ? Packing::kForAll
+                                                   : Packing::kByTask;
+    if (packing_ == Packing::kForAll && splits_ == 1) {
+      whole_heads_ = parallel_.deals_evenly(p_.batch * p_.kv_heads, !p_.samples_differ());
+      // Packing for dot products is quick, and what a thread packed itself is in its cache.
+      const std::int64_t readers = blocks_ * p_.group_size();
+      const std::int64_t words =
+          padded_keys() * key_size() + Operand::words(padded_keys()) * width_;
+      const bool quick = std::is_same_v<Score, DotScore<Operand>> &&
+                         readers >= 4 * larger<std::int64_t>(parallel_.threads, 1) &&
+                         words * std::int64_t{sizeof(T)} <= kCachedBytes;
+      if (whole_heads_ || quick) packing_ = Packing::kByThread;
+    }
     // What is merged must be relative to maxima.
     first_references_ = (kHasPlainBands || kKeepsReferences) && splits_ == 1 &&
                         p_.slopes == nullptr &&
                         (p_.mask_kind == MaskKind::kNone || p_.mask.stride[3] == 1);
-    own_panels_ = !Score::kInPlace && !shared_keys_;
     units_at_once_ = units;
-    if (kHasContext<Score> && shared_keys_ && !whole_heads_) {
+    if (kHasContext<Score> && packing_ == Packing::kForAll) {
       // Packed keys are many times as large as keys. No result depends on how many heads' there are
       // at a time, but there must be work for all threads.
       const std::int64_t bytes = padded_keys() * key_size() * std::int64_t{sizeof(T)};
@@ -202,17 +211,12 @@ class ForwardKernel {
   }
 
   void carve(Carver& carver) {
-    const std::int64_t keys = round_up(p_.key_length, kPanel<T>);
-    if (shared_keys_) {
-      const std::int64_t heads = whole_heads_         ? workers()
-                                 : kHasContext<Score> ? units_at_once_
-                                                      : all_packed_heads();
-      key_panels_ = carver.take<T>(heads * keys * key_size());
-      key_bounds_ = carver.take<T>(heads * (keys / kPanel<T>));
-      if (copy_values_) {
-        const std::int64_t value_heads = whole_heads_ ? workers() : p_.batch * p_.kv_heads;
-        values_ = carver.take<T>(value_heads * Operand::words(keys) * width_);
-      }
+    if (packing_ == Packing::kForAll) {
+      const std::int64_t heads = kHasContext<Score> ? units_at_once_ : all_packed_heads();
+      panels_ = carver.take<T>(heads * padded_keys() * key_size());
+      bounds_ = carver.take<T>(heads * (padded_keys() / kPanel<T>));
+      const std::int64_t value_heads = copy_values_ ? p_.batch * p_.kv_heads : 0;
+      values_ = carver.take<T>(value_heads * Operand::words(padded_keys()) * width_);
     }
     if (splits_ > 1) {
       const std::int64_t rows = splits_ * p_.batch * p_.heads * p_.query_length;
@@ -230,9 +234,14 @@ class ForwardKernel {
   std::int64_t workers() const {
     const std::int64_t threads = larger(parallel_.threads, 1);
     if (whole_heads_) return smaller<std::int64_t>(threads, p_.batch * p_.kv_heads);
-    const bool one_phase = !shared_keys_ && splits_ == 1;
+    const bool one_phase = packing_ != Packing::kForAll && splits_ == 1;
     return one_phase ? smaller<std::int64_t>(threads, p_.batch * p_.heads * blocks_) : threads;
   }
+
+  // Of all samples: what a thread has packed, if it does so by heads.
+  struct PackedHeads {
+    std::int64_t of_keys = -1, of_values = -1;
+  };
 
   // What one thread works in.
   struct Buffers {
@@ -251,10 +260,13 @@ class ForwardKernel {
       maximum = carver.take<T>(round_up(rows, kLanes<T>));
       total = carver.take<T>(rows * kLanes<T>);
       row = carver.take<T>(k.score_ld_);
-      panels = carver.take<T>(k.own_panels_ ? k.block_keys_ * k.key_size() : 0);
-      bounds = carver.take<T>(k.own_panels_ ? k.block_keys_ / kPanel<T> : 0);
-      values = carver.take<T>(
-          k.shared_keys_ || !k.copy_values_ ? 0 : Operand::words(k.block_keys_) * k.width_);
+      const std::int64_t keys = k.packing_ == Packing::kByTask     ? k.block_keys_
+                                : k.packing_ == Packing::kByThread ? k.padded_keys()
+                                                                   : 0;
+      panels = carver.take<T>(keys * k.key_size());
+      bounds = carver.take<T>(keys / kPanel<T>);
+      values = carver.take<T>(k.copy_values_ ? Operand::words(keys) * k.width_ : 0);
+      packed = carver.take<PackedHeads>(1);
       ranges = carver.take<RowRanges>(1);
       tile = carver.take<TileRanges<T>>(1);
       bytes = carver.used();
@@ -262,6 +274,7 @@ class ForwardKernel {
     T *constants, *spare, *queries, *scores, *sums, *maximum, *total, *row;
     T *band_scores = nullptr, *weights = nullptr;
     T *panels, *bounds, *values;
+    PackedHeads* packed;
     RowRanges* ranges;
     TileRanges<T>* tile;
     std::int64_t bytes;
@@ -272,14 +285,6 @@ class ForwardKernel {
 
   std::int64_t packed_heads() const { return Score::kKeysPerQueryHead ? p_.heads : p_.kv_heads; }
   std::int64_t all_packed_heads() const { return p_.batch * packed_heads(); }
-  // Row of the packed keys, or values, at which those of a head begin.
-  std::int64_t place_of_keys(std::int64_t head, int thread) const {
-    if (whole_heads_) return thread * padded_keys();
-    return (kHasContext<Score> ? head - first_unit_ : head) * padded_keys();
-  }
-  std::int64_t place_of_values(std::int64_t b, std::int64_t hk, int thread) const {
-    return (whole_heads_ ? thread : b * p_.kv_heads + hk) * padded_keys();
-  }
   Rows key_rows(std::int64_t b, std::int64_t hk) const {
     return rows_of(p_.dtype, p_.key, b, hk, p_.head_dim);
   }
@@ -289,23 +294,57 @@ class ForwardKernel {
   std::int64_t key_size() const { return Score::key_size(p_.head_dim); }
   std::int64_t padded_keys() const { return round_up(p_.key_length, kPanel<T>); }
 
-  // Keys and values from j of packed head `head` (over batch and heads).
-  void pack_shared(std::int64_t head, std::int64_t j, int thread) {
-    const Buffers buffer = buffers(thread);
-    const std::int64_t b = head / packed_heads();
-    const std::int64_t h = head % packed_heads();
-    const std::int64_t n = smaller(block_keys_, p_.key_length - j);
-    const std::int64_t hk = Score::kKeysPerQueryHead ? h / p_.group_size() : h;
-    Score score = make_policy<Score>(p_, context_, buffer.constants, buffer.spare);
-    score.set_head(b, h);
-    const std::int64_t row = place_of_keys(head, thread) + j;
-    score.pack_keys(key_rows(b, hk), j, n, key_panels_ + row * key_size(),
-                    key_bounds_ + row / kPanel<T>);
-    if (copy_values_ && h % (packed_heads() / p_.kv_heads) == 0) {
-      failure_.check(pack_across_rows<Operand>(
-          value_rows(b, hk), j, n,
-          values_ + Operand::words(place_of_values(b, hk, thread) + j) * width_));
+  // Where keys of the packed heads are, and their values.
+  struct PackedKeys {
+    T *panels, *bounds, *values;
+  };
+  // Those from key j of packed head `head`, over all samples, and of its key head.
+  PackedKeys packed_for_all(std::int64_t head, std::int64_t j) const {
+    const std::int64_t row = (kHasContext<Score> ? head - first_unit_ : head) * padded_keys() + j;
+    const std::int64_t value_row = kv_head_of(head) * padded_keys() + j;
+    return {panels_ + row * key_size(), bounds_ + row / kPanel<T>,
+            values_ + Operand::words(value_row) * width_};
+  }
+  PackedKeys packed_by_thread(const Buffers& buffer, std::int64_t j) const {
+    return {buffer.panels + j * key_size(), buffer.bounds + j / kPanel<T>,
+            buffer.values + Operand::words(j) * width_};
+  }
+  std::int64_t kv_head_of(std::int64_t packed_head) const {
+    return packed_head / (packed_heads() / p_.kv_heads);
+  }
+
+  void pack_for_all(std::int64_t head, std::int64_t j, int thread) const {
+    const PackedKeys to = packed_for_all(head, j);
+    pack_keys(buffers(thread), head, j, to);
+    if (head % (packed_heads() / p_.kv_heads) == 0) pack_values(kv_head_of(head), j, to);
+  }
+  // All of a head, unless they are there.
+  void pack_by_thread(const Buffers& buffer, std::int64_t head) const {
+    const bool has_keys = buffer.packed->of_keys == head;
+    const bool has_values = buffer.packed->of_values == kv_head_of(head);
+    *buffer.packed = {head, kv_head_of(head)};
+    for (std::int64_t j = 0; j < p_.key_length; j += block_keys_) {
+      const PackedKeys to = packed_by_thread(buffer, j);
+      if (!has_keys) pack_keys(buffer, head, j, to);
+      if (!has_values) pack_values(kv_head_of(head), j, to);
     }
+  }
+  // A block of them, from key j.
+  void pack_keys(const Buffers& buffer, std::int64_t head, std::int64_t j,
+                 const PackedKeys& to) const {
+    if constexpr (!Score::kInPlace) {
+      const std::int64_t b = head / packed_heads();
+      Score score = make_policy<Score>(p_, context_, buffer.constants, buffer.spare);
+      score.set_head(b, head % packed_heads());
+      score.pack_keys(key_rows(b, kv_head_of(head) % p_.kv_heads), j,
+                      smaller(block_keys_, p_.key_length - j), to.panels, to.bounds);
+    }
+  }
+  void pack_values(std::int64_t kv_head, std::int64_t j, const PackedKeys& to) const {
+    if (!copy_values_) return;
+    const Rows rows = value_rows(kv_head / p_.kv_heads, kv_head % p_.kv_heads);
+    const std::int64_t n = smaller(block_keys_, p_.key_length - j);
+    failure_.check(pack_across_rows<Operand>(rows, j, n, to.values));
   }
 
   // A block of keys, and where the products read it if not in place.
@@ -334,10 +373,17 @@ class ForwardKernel {
       return k.block_heads_ == 1 ? i0 + r : i0 + r % queries();
     }
 
+    // Over all samples.
+    std::int64_t packed_head() const {
+      const std::int64_t h = Score::kKeysPerQueryHead ? h0 : h0 / k.p_.group_size();
+      return b * k.packed_heads() + h;
+    }
+
     void run() {
       if (k.failure_.raised()) return;
       const AttentionProblem& p = k.p_;
       Buffers buffer = k.buffers(thread);
+      if (k.packing_ == Packing::kByThread) k.pack_by_thread(buffer, packed_head());
       const std::int64_t rows = k.block_heads_ * queries();
       const KeyRange keys = {split * k.split_keys_,
                              smaller((split + 1) * k.split_keys_, p.key_length)};
@@ -376,15 +422,13 @@ class ForwardKernel {
         block.value_ld = value.row_stride;
         block.values = Operand::in_place(value) + first * value.row_stride;
       }
-      if (k.shared_keys_) {
-        const std::int64_t head = b * k.packed_heads() + (Score::kKeysPerQueryHead ? h0 : hk);
-        const std::int64_t key_row = k.place_of_keys(head, thread) + first;
-        block.panels = k.key_panels_ + key_row * k.key_size();
-        block.bounds = k.key_bounds_ + key_row / kPanel<T>;
-        if (k.copy_values_) {
-          const std::int64_t row = k.place_of_values(b, hk, thread) + first;
-          block.values = k.values_ + Operand::words(row) * k.width_;
-        }
+      if (k.packing_ != Packing::kByTask) {
+        const PackedKeys packed = k.packing_ == Packing::kForAll
+                                      ? k.packed_for_all(packed_head(), first)
+                                      : k.packed_by_thread(buffer, first);
+        block.panels = packed.panels;
+        block.bounds = packed.bounds;
+        if (k.copy_values_) block.values = packed.values;
       } else {
         score.pack_keys(k.key_rows(b, hk), first, keys, buffer.panels, buffer.bounds);
         block.panels = buffer.panels;
@@ -982,6 +1026,7 @@ class ForwardKernel {
 
   static constexpr std::int64_t kMostRows = Operand::kForwardRows > 128 ? kMaxBlockRows : 128;
   static constexpr std::int64_t kPackedBytes = 32 << 20;
+  static constexpr std::int64_t kCachedBytes = 1 << 20;  // a part of L2
   static constexpr std::int64_t kWantedTasks = 16;
   static constexpr std::int64_t kFewTasks = 4;
   static constexpr std::int64_t kManyHeads = 8;           // a block each keeps the threads busy
@@ -998,14 +1043,14 @@ class ForwardKernel {
   std::int64_t block_heads_ = 1;  // that a row block takes the queries of
   std::int64_t first_unit_ = 0, units_at_once_ = 0;
   std::int64_t splits_ = 1, split_keys_ = 0;
-  bool shared_keys_ = false, own_panels_ = false;
-  bool whole_heads_ = false;  // a thread packs a head's keys and attends them
+  Packing packing_ = Packing::kInPlace;
+  bool whole_heads_ = false;  // a task is all of a key head
   bool copy_values_ = false;
   bool first_references_ = false;  // see above
   mutable Failure<Operand> failure_;
 
-  T* key_panels_ = nullptr;     // [b][packed head][panel][element][kPanel]
-  T* key_bounds_ = nullptr;     // [b][packed head][panel]
+  T* panels_ = nullptr;         // [b][packed head][panel][element][kPanel]
+  T* bounds_ = nullptr;         // [b][packed head][panel]
   T* values_ = nullptr;         // [b][kv head][key][width_]
   T* partial_sum_ = nullptr;    // [b][h][i][split][width_]
   T* partial_max_ = nullptr;    // [b][h][i][split]

@@ -94,6 +94,7 @@ class PlainBand {
 
  private:
   static_assert(Operand::kPack == 2 && Operand::kStep == kPanel<T>);
+  static_assert(kMaxBlockRows / kRows <= 64);  // has_sums_
   // Weights of several parts would leave L1 until those of a block are complete; and with as many
   // products, sums may be loaded and stored more often.
   static constexpr bool kValuesAtOnce = Operand::kParts > 1;

@@ -70,16 +70,16 @@ TSA_INLINE VecF widen_float16s(const std::uint16_t* from) {
 // As narrow_bfloat16().
 TSA_INLINE void narrow_bfloat16s(VecF v, std::uint16_t* to) {
 #if defined(__AVX512BF16__)
-  // Subnormal numbers become 0, as in the products of these processors.
+  // But subnormal numbers become 0, as in the products of these processors.
   const auto narrowed = (__m256i)_mm512_cvtneps_pbh((__m512)v);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed);
-  return;
-#endif
+#else
   typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   const auto bits = (WordVec<float>)v;
   const WordVec<float> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const WordVec<float> nan = WordVec<float>{} + 0x7fc0u;
   *reinterpret_cast<Bits*>(to) = __builtin_convertvector(v == v ? rounded : nan, Bits);
+#endif
 }
 TSA_INLINE void narrow_float16s(VecF v, std::uint16_t* to) {
 #if defined(__AVX512F__)

@@ -350,7 +350,7 @@ TEST_CASE("results do not depend on the number of threads") {
         if (candidate.not_supported(instance.problem) != nullptr) continue;
         INFO(candidate.name << ", " << c.score_name() << ", " << c.name);
         const Results first = instance.run(candidate, threads(1));
-        for (const int count : {1, 2, 3}) {
+        for (const int count : {1, 2, 3, 4, 17}) {
           CHECK(identical(instance.run(candidate, threads(count)), first));
         }
       }
@@ -360,15 +360,17 @@ TEST_CASE("results do not depend on the number of threads") {
 
 TEST_CASE("NaN and inf at keys that no query sees do not leak") {
   const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  const std::int64_t key_length = GENERATE(70, 600);  // the groups of one head meet NaN, too
   // The careful path adds up in another order, which may round a 16-bit result differently.
-  const double limit = dtype == DType::kFloat32 ? 1e-6 : tolerance(dtype);
+  const double limit = dtype == DType::kFloat32 ? 2e-6 : tolerance(dtype);
   for (const ScoreKind score : {ScoreKind::kDotProduct, ScoreKind::kAdditive}) {
     for (const double poison : {kNaN, kInfinity, -kInfinity}) {
       for (const bool by_mask : {false, true}) {
         Case c;
         c.name = by_mask ? "mask" : "key_lengths";
         c.score = score, c.dtype = dtype;
-        c.query_length = 37, c.key_length = 70;
+        c.query_length = 37, c.key_length = key_length;
+        if (key_length > 70) c.heads = c.kv_heads = 1;
         if (by_mask) {
           c.mask = MaskKind::kBool, c.mask_full[1] = c.mask_full[2] = false;
         } else {
@@ -389,7 +391,7 @@ TEST_CASE("NaN and inf at keys that no query sees do not leak") {
           for (Tensor* tensor : {&poisoned.key, &poisoned.value}) {
             for (std::int64_t b = 0; b < c.batch; ++b) {
               for (std::int64_t j = 0; j < c.key_length; ++j) {
-                if (!allowed(b, j)) tensor->set(b, 1, j, j % 24, poison);
+                if (!allowed(b, j)) tensor->set(b, c.kv_heads - 1, j, j % 24, poison);
               }
             }
           }
