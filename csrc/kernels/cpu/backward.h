@@ -7,6 +7,7 @@
 #include "kernels/cpu/backward_rows.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/mask_gradient.h"
+#include "kernels/cpu/packing.h"
 #include "kernels/cpu/plain_tile.h"
 #include "kernels/cpu/score_gradient.h"
 #include "kernels/cpu/tile.h"
@@ -55,7 +56,7 @@ class BackwardKernel {
     carve(carver);
 
     const std::int64_t pairs = p_.batch * p_.heads;
-    if (groups_ > 1 && !whole_heads_) {
+    if (tasks_share_heads()) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
         const std::int64_t b = t / chunks / p_.heads;
@@ -78,7 +79,7 @@ class BackwardKernel {
       }
     });
     if (failure_.raised()) return false;
-    if (groups_ > 1 && !whole_heads_) {
+    if (tasks_share_heads()) {
       const std::int64_t chunks = (p_.query_length + kPrepareRows - 1) / kPrepareRows;
       parallel_.run(pairs * chunks, [&](std::int64_t t, int thread) {
         reduce_grad_query(t / chunks, t % chunks * kPrepareRows,
@@ -140,7 +141,7 @@ class BackwardKernel {
     whole_heads_ = groups_ > 1 && one_head && parallel_.deals_evenly(units, !p_.samples_differ());
     // Features are many times as large as tokens: of all heads only where these are few.
     const bool few_heads = p_.batch * p_.heads <= larger(parallel_.threads, 1);
-    own_copies_ = groups_ == 1 || whole_heads_ || (kHasFeatures && !few_heads);
+    own_copies_ = !tasks_share_heads() || (kHasFeatures && !few_heads);
 
     copy_query_ = Gradient::kReadsQueries &&
                   Operand::in_place(rows_of(p_.dtype, p_.query, 0, 0, p_.head_dim)) == nullptr;
@@ -148,7 +149,6 @@ class BackwardKernel {
         Operand::in_place(rows_of(p_.dtype, call_.grad_out, 0, 0, p_.value_dim)) == nullptr;
     grad_query_in_place_ = groups_ == 1 && p_.dtype == dtype_of<T>() &&
                            call_.grad_query.stride[3] == 1 && p_.head_dim % kLanes<T> == 0;
-    own_grad_query_ = !grad_query_in_place_ && (groups_ == 1 || whole_heads_);
   }
 
   void carve(Carver& carver) {
@@ -158,7 +158,7 @@ class BackwardKernel {
     norm_ = carver.take<T>(rows);
     huge_ = carver.take<char>(rows);
     if (!own_copies_) copies_.carve(*this, carver, p_.batch * p_.heads);
-    if (!grad_query_in_place_ && !own_grad_query_) {
+    if (tasks_share_heads()) {
       grad_query_ = carver.take<T>(groups_ * rows * query_width_);
     }
     if (Gradient::kHasWeight) {
@@ -173,10 +173,12 @@ class BackwardKernel {
     thread_bytes_ = Buffers(*this, Carver()).bytes;
     carver.take<char>(thread_bytes_ * workers());
   }
+  // Whether several tasks work on a head: its groups.
+  bool tasks_share_heads() const { return groups_ > 1 && !whole_heads_; }
   // How many threads can be at work at once.
   std::int64_t workers() const {
     const std::int64_t threads = larger(parallel_.threads, 1);
-    if (groups_ > 1 && !whole_heads_) return threads;
+    if (tasks_share_heads()) return threads;
     return larger<std::int64_t>(smaller<std::int64_t>(threads, batch_sets_ * head_sets_), 1);
   }
   std::int64_t weight_size() const { return query_width_ + 1; }  // sum G r, then sum G
@@ -232,7 +234,8 @@ class BackwardKernel {
       tile = carver.take<TileRanges<T>>(1);
       const std::int64_t heads = k.p_.kv_heads > 0 ? k.p_.group_size() : 0;
       if (k.own_copies_) copies.carve(k, carver, heads);
-      const std::int64_t parts = k.own_grad_query_ ? (k.groups_ == 1 ? 1 : 2) : 0;
+      const bool elsewhere = k.tasks_share_heads() || k.grad_query_in_place_;
+      const std::int64_t parts = elsewhere ? 0 : smaller<std::int64_t>(k.groups_, 2);
       grad_query = carver.take<T>(parts * heads * k.p_.query_length * k.query_width_);
       bytes = carver.used();
     }
@@ -413,7 +416,7 @@ class BackwardKernel {
           k.copy(buffer.copies, b, h, 0, p.query_length, buffer.spare);
           if (k.failure_.raised()) return true;
         }
-        const bool prepares = k.groups_ == 1 || (k.whole_heads_ && group == 0);
+        const bool prepares = !k.tasks_share_heads() && group == 0;
         if (prepares && zeros == Zeros::kMultiply) k.prepare(b, h, 0, p.query_length);
         const MutableMatrix dq = grad_query(b, h);
         for (std::int64_t i = 0; i < p.query_length; ++i) {
@@ -504,7 +507,7 @@ class BackwardKernel {
         T* const data = static_cast<T*>(view.data);
         return {data + b * view.stride[0] + h * view.stride[1], view.stride[2]};
       }
-      if (!k.own_grad_query_) return k.grad_query_matrix(b, h, group);
+      if (k.tasks_share_heads()) return k.grad_query_matrix(b, h, group);
       return own_grad_query(h, group == 0 ? 0 : 1);
     }
     // Part 0 is of the first group, and then of all so far.
@@ -860,7 +863,6 @@ class BackwardKernel {
   std::int64_t block_keys_ = 0, block_rows_ = 0, blocks_ = 0, score_ld_ = 0;
   std::int64_t batch_sets_ = 0, head_sets_ = 0, groups_ = 1;
   bool copy_query_ = false, copy_grad_out_ = false, grad_query_in_place_ = false;
-  bool own_grad_query_ = false;
   bool own_copies_ = true;    // of a key head, in the thread's buffers
   bool whole_heads_ = false;  // a thread runs all groups of a key head, one after the other
   mutable Failure<Operand> failure_;

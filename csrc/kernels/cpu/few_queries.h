@@ -4,6 +4,7 @@
 
 #include "kernels/common/attention_problem.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/packing.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/score.h"
 

@@ -7,6 +7,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/few_queries.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/packing.h"
 #include "kernels/cpu/plain_band.h"
 #include "kernels/cpu/score.h"
 #include "kernels/cpu/tile.h"

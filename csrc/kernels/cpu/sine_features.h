@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/packing.h"
 #include "kernels/cpu/sine_plan.h"
 
 // The additive score as a dot product. On an interval tanh is a straight line and a few sines

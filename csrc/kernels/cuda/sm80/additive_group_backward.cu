@@ -78,12 +78,7 @@ class Launches {
 
 const char* additive_group_backward_not_supported(const AttentionProblem& p, bool bias_gradients,
                                                   const DeviceLimits& device) {
-  if (p.score != ScoreKind::kAdditive) return "it has the additive score only";
-  if (p.activation != Activation::kTanh) return "it has tanh only";
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return "the inputs are not float16 or bfloat16";
-  }
-  if (device.capability_major < 8) return "this GPU's compute capability is below 8.0";
+  if (const char* reason = kind_not_on_tensor_cores(p, device)) return reason;
   if (bias_gradients) return "it has no gradient of a mask or of ALiBi slopes";
   if (p.head_dim < 1) return "the queries have no elements";
   if (p.head_dim > kMostGradientDims) return "the head dim of query and key is above 192";
